@@ -1,0 +1,31 @@
+"""What all tests share: the project's folder and its settings, and surroundings that do not depend on the machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tools", ROOT / "tests"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+os.environ["MPLBACKEND"] = "Agg"  # figures drawn by tests open no window
+os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # kernels come from this environment, not from the user's folder
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def settings() -> dict[str, str]:
+    """The metadata in settings.ini."""
+    import chapter_header
+
+    return chapter_header.settings(ROOT)

@@ -1,0 +1,75 @@
+"""Notebooks as plain dictionaries: reading, writing, and cleaning what a run leaves in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def read_notebook(path: Path) -> dict:
+    """The notebook at `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_notebook(notebook: dict, path: Path) -> None:
+    """Write in one move: a reader of `path` sees the old file or the new one, never half of it."""
+    text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def source(cell: dict) -> str:
+    """The text of a cell, which the format stores as one string or as a list of lines."""
+    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+
+
+def code_cells(notebook: dict) -> list[dict]:
+    """The code cells in order."""
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def clean_outputs(notebook: dict) -> None:
+    """Keep what a static page can show: no widget views, no widget state, no timing metadata.
+
+    A widget that brings its own HTML (an Explorer) keeps the HTML; one without is a progress bar and goes.
+    """
+    notebook["metadata"].pop("widgets", None)
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell["metadata"].pop("execution", None)
+        cell["execution_count"] = number
+        cell["outputs"] = [kept for output in cell["outputs"] if (kept := _static(output)) is not None]
+        for output in cell["outputs"]:
+            if "execution_count" in output:
+                output["execution_count"] = number
+
+
+def _static(output: dict) -> dict | None:
+    """The output without its live widget, or None where nothing worth showing is left."""
+    data = output.get("data", {})
+    if WIDGET_VIEW not in data:
+        return output
+    if "text/html" not in data:
+        return None
+    return {**output, "data": {kind: value for kind, value in data.items() if kind != WIDGET_VIEW}}
+
+
+def graft_outputs(notebook: dict, executed: dict) -> dict:
+    """`notebook` with the outputs of `executed`, a run of the same code: prose may have changed since."""
+    ran = code_cells(executed)
+    if len(ran) != len(code_cells(notebook)):
+        raise ValueError(f"{len(ran)} executed code cells for {len(code_cells(notebook))} in the notebook")
+    fresh = json.loads(json.dumps(notebook))
+    for cell, done in zip(code_cells(fresh), ran, strict=True):
+        cell["outputs"], cell["execution_count"] = done["outputs"], done["execution_count"]
+    return fresh
