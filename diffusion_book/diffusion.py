@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def _check_batch(x: Tensor, t: Tensor, **others: Tensor) -> None:
         if other.shape != x.shape:
             raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}; got {tuple(other.shape)}")
 
-# %% ../nbs/04_diffusion.ipynb #0948b6ac
+# %% ../nbs/04_diffusion.ipynb #ee5f4ddf
 class ForwardProcess:
     """How data turn into noise under a schedule, and the exact way back when x0 is known.
 
@@ -91,7 +91,7 @@ class ForwardProcess:
         on_xt = _expand(kept * (noise_s / noise_t) ** 2, x0)
         return on_x0 * x0 + on_xt * xt, _expand(added * (noise_s / noise_t) ** 2, x0)
 
-# %% ../nbs/04_diffusion.ipynb #02984f66
+# %% ../nbs/04_diffusion.ipynb #bbfc7272
 def _elementwise(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     if loss == "mse":
         return lambda out, target: mse_loss(out, target, reduction="none")
@@ -101,7 +101,7 @@ def _elementwise(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
         return loss
     raise ValueError(f"loss must be 'mse', 'l1' or a callable of (output, target); got {loss!r}")
 
-# %% ../nbs/04_diffusion.ipynb #dc5eb764
+# %% ../nbs/04_diffusion.ipynb #1d44634c
 class GaussianDiffusion(ForwardProcess):
     """A forward process and what a network is asked to predict about it: "noise", "x0" or "v"."""
 

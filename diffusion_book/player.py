@@ -112,21 +112,11 @@ def _tag(name: str, text: str | None, **attributes: Any) -> str:
     inside = "".join(f" {k}" if v is True else f' {k}="{escape(str(v))}"' for k, v in given.items())
     return f"<{name}{inside}>" + ("" if text is None else f"{text}</{name}>")
 
-
+# %% ../nbs/49_player.ipynb #eaf5309a
 def _frame(image: Any, alt: str, shown: bool, onload: str | None) -> str:
-    style = f"display:{'block' if shown else 'none'};max-width:100%;height:auto"
-    size = {"width": image.width, "height": image.height}
-    return _tag(
-        "img",
-        None,
-        class_="dark-light",
-        src=_data_uri(image),
-        alt=alt,
-        **size,
-        style=style,
-        hidden=not shown,
-        onload=onload,
-    )
+    size = {"width": image.width, "height": image.height, "hidden": not shown, "onload": onload if shown else None}
+    size |= {"style": f"display:{'block' if shown else 'none'};max-width:100%;height:auto", "class_": "dark-light"}
+    return _tag("img", None, src=_data_uri(image), alt=alt, **size)
 
 
 def _slider(label: str, values: Sequence[str], button: str) -> str:
@@ -137,7 +127,7 @@ def _slider(label: str, values: Sequence[str], button: str) -> str:
     shown = _tag("output", escape(values[0]), aria_live="polite", style="min-width:3em")
     return _tag("div", button + row + shown, style=f"{_ROW};max-width:40em")
 
-# %% ../nbs/49_player.ipynb #eaf5309a
+# %% ../nbs/49_player.ipynb #c1b74107
 def player_html(
     images: Sequence[Any],  # PIL images of one size, one per combination; the last slider moves fastest
     sliders: Mapping[str, Sequence[str]],  # the labels of each slider's positions; a lone slider gets a Play button
@@ -152,27 +142,24 @@ def player_html(
     count, sizes = math.prod(len(labels) for labels in sliders.values()), {image.size for image in images}
     if count != len(images) or len(sizes) != 1:
         raise ValueError(f"need {count} images of one size; got {len(images)} with sizes {sorted(sizes)}")
-    button, start = "", None
+    button = ""
     if len(sliders) == 1 and count > 1:
         timing = {"data_wait": f"{1000 / fps:g}", "data_hold": f"{1000 * hold:g}", "onclick": _PLAY}
         button = _tag("button", "Play", type="button", aria_label="Play animation", style=_BUTTON, **timing)
-        start = _START if autoplay else None
     parts = []
     for i, values in enumerate(itertools.product(*sliders.values())):
         place = ", ".join(f"{name} = {value}" for name, value in zip(sliders, values, strict=True))
-        parts.append(_frame(images[i], f"{alt} ({place})", i == 0, None if i else start))
+        parts.append(_frame(images[i], f"{alt} ({place})", i == 0, _START if button and autoplay else None))
     parts += [_slider(name, labels, button) for name, labels in sliders.items()]
     parts += [_tag("figcaption", escape(caption))] if caption else []
-    kind = "animation" if button else "explorer"
-    result = _tag(
-        "figure", "\n".join(parts), class_=kind, role="group", aria_label=alt, style="margin:.5em 0", oninput=_MOVE
-    )
+    look = {"class_": "animation" if button else "explorer", "style": "margin:.5em 0", "oninput": _MOVE}
+    result = _tag("figure", "\n".join(parts), role="group", aria_label=alt, **look)
     if (size := len(result.encode())) > limit:
         cure = "take fewer frames, a smaller figure or fewer points in it"
         raise ValueError(f"{count} frames take {size:,} bytes of HTML, above the limit of {limit:,}: {cure}")
     return result
 
-# %% ../nbs/49_player.ipynb #373df0ac
+# %% ../nbs/49_player.ipynb #1c9d765b
 def write_whole(
     path: str | os.PathLike[str],  # in a folder that exists
     data: bytes,

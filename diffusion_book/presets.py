@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ _SPIRAL = {
 }
 
 
-_SPIRAL_SIZES = {
+_SPIRAL_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"steps": 60, "points": 600, "samples": 200, "held_out": 200},
     "quick": {"held_out": 2_000},
     "full": {},

@@ -114,8 +114,8 @@ class DiscreteSchedule(Schedule):
 
     clean = 0
 
-    def __init__(self, betas: Tensor) -> None:  # (T,) variance added by each step
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+    def __init__(self, betas: Tensor | list[float]) -> None:  # (T,) variance added by each step
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach()
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas must be a vector with at least one step; got shape {tuple(betas.shape)}")
         wrong = ~((betas > 0) & (betas <= 1))
@@ -173,12 +173,13 @@ class OffsetCosineSchedule(Schedule):
         self.clean = -self.start_angle / (self.end_angle - self.start_angle)
 
     def check_times(self, t: Any) -> Tensor:
-        t = torch.as_tensor(t)
-        if not t.is_floating_point():
-            raise TypeError(f"t must be a floating-point time in [{self.clean:.4f}, 1]; got {t.dtype}")
+        given = torch.as_tensor(t)
+        if not given.is_floating_point():
+            raise TypeError(f"t must be a floating-point time in [{self.clean:.4f}, 1]; got {given.dtype}")
+        t = torch.as_tensor(t, dtype=torch.float64)  # from a Python float directly, without a detour by float32
         if t.device.type == "cpu" and t.numel() and not (t.min() >= self.clean - 1e-6 and t.max() <= 1 + 1e-6):
             raise ValueError(f"t must lie in [{self.clean:.4f}, 1]; got {float(t.min()):g} to {float(t.max()):g}")
-        return t.double()
+        return t
 
     def sample_times(self, n: int, generator: Generator | None = None) -> Tensor:
         return torch.rand(n, generator=generator, device=generator.device if generator else None, dtype=torch.float64)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .player import image_bytes, player_html, still, to_image, write_whole
+
 COLORS = {
     "blue": "#0077bb",
     "orange": "#c27f00",
@@ -95,7 +96,7 @@ def show_images(
             ax.set_title("" if titles is None else titles[i], fontsize="small")
     plt.show()
 
-# %% ../nbs/A1_viz.ipynb #11ea1604
+# %% ../nbs/A1_viz.ipynb #2458a592
 def save_images(
     x: Any,  # (n, C, H, W), C = 1 or 3
     path: str | os.PathLike[str],  # a PNG file in a folder that exists
@@ -106,7 +107,7 @@ def save_images(
 
     write_whole(path, image_bytes(Image.fromarray(image_grid(x, **options)), "png", optimize=True))
 
-# %% ../nbs/A1_viz.ipynb #68ce540e
+# %% ../nbs/A1_viz.ipynb #79f56b99
 def plot_history(
     losses: Any,  # a sequence of numbers, several of them, or a dict of name to sequence
     smooth: int | None = None,  # steps in the running mean; a fortieth of the run if not given
@@ -136,7 +137,7 @@ def plot_history(
     if labels is not None or floor is not None:
         ax.legend()
 
-# %% ../nbs/A1_viz.ipynb #d22ec34a
+# %% ../nbs/A1_viz.ipynb #c94c1a79
 class Animation:
     """Frames that play in the page, with a slider to stop at any of them, and as a file; `animate` makes it."""
 
@@ -161,10 +162,10 @@ class Animation:
             frames = [Image.alpha_composite(Image.new("RGBA", i.size, "white"), i).convert("RGB") for i in frames]
         times = [round(1000 / self.fps)] * len(frames)
         times[-1] += round(1000 * self.hold)
-        options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0, "allow_mixed": True}
         write_whole(path, image_bytes(frames[0], kind, **options))
 
-# %% ../nbs/A1_viz.ipynb #9a57e3f6
+# %% ../nbs/A1_viz.ipynb #49129ccf
 def animate(
     draw: Callable[[Any], Any],  # one frame's value to a matplotlib Figure, a PIL image or a uint8 array
     frames: Iterable[Any],  # the values, in order; they label the slider

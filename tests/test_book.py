@@ -10,7 +10,6 @@ import http.server
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import contents
 import notebooks
 import pytest
+from chromium import chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -120,25 +120,10 @@ class Visit:
 
 
 class Browser:
-    """Chromium that reaches nothing but this machine, and notes what it was asked for."""
+    """A page at a time, with what it said to the console and asked of the network."""
 
-    def __init__(self, profile: Path, chromium: str, chromedriver: str):
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        switches = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
-        rules = "host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        for switch in (
-            *switches,
-            "disable-component-update",
-            "disable-dev-shm-usage",
-            rules,
-            f"user-data-dir={profile}",
-        ):
-            options.add_argument(f"--{switch}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    def __init__(self, driver: Any):
+        self.driver = driver
         self.driver.set_script_timeout(60)
 
     def open(self, address: str, size: tuple[int, int] = DESK) -> None:
@@ -179,17 +164,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory) -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    chromium = next(filter(None, map(shutil.which, names)), None)
-    if not (driver and chromium):
-        reason = "no chromium and chromedriver on the PATH: the pages were not opened"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    opened = Browser(tmp_path_factory.mktemp("profile"), chromium, driver)
-    yield opened
-    opened.driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield Browser(driver)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -133,6 +135,7 @@ def test_quarto_and_settings_agree(root, settings):
     assert given["repo-url"] == f"https://github.com/{settings['user']}/{settings['repo']}"
     assert given["repo-branch"] == settings["branch"]
     assert set(given["repo-actions"]) == {"edit", "issue", "source"}
+    assert f'title: "{settings["title"]}"' in (root / "index.qmd").read_text()
     assert quarto["execute"]["enabled"] is False
     for theme in (name for names in quarto["format"]["html"]["theme"].values() for name in names if "/" in name):
         assert (root / theme).is_file()
@@ -276,8 +279,27 @@ def test_a_cell_that_hangs_is_stopped(small, monkeypatch):
 
 
 def test_a_kernel_that_dies_is_named(small):
-    with pytest.raises(contents.BookError, match=r"01_one: cell 1 of 1 failed(.|\n)*kernel died"):
-        execute.run_chapter(notebook(code("import os\nos._exit(1)")), "01_one", small / "nbs", small)
+    text = "import os\nos.write(2, b'no room left')\nos._exit(1)"
+    with pytest.raises(contents.BookError, match=r"01_one: cell 1 of 1 failed(.|\n)*kernel died(.|\n)*no room left"):
+        execute.run_chapter(notebook(code(text)), "01_one", small / "nbs", small)
+
+
+def test_an_interrupted_build_says_so_and_leaves_no_kernel(small):
+    sleeping = notebook(
+        code("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(60)")
+    )
+    notebooks.write_notebook(sleeping, small / CHAPTERS[0])
+    command = [sys.executable, str(Path(book.__file__)), "--root", str(small), "build"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as building:
+        started, mark = time.monotonic(), small / "_build" / "run" / "nbs" / "pid"
+        while not (mark.is_file() and mark.read_text()) and time.monotonic() - started < 60:
+            time.sleep(0.1)
+        building.send_signal(signal.SIGINT)
+        said = building.communicate(timeout=30)[1]
+    assert building.returncode == 130
+    assert "goes on from there" in said and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 def test_execute_write_leaves_what_nbdev_clean_leaves(small):
@@ -519,6 +541,7 @@ def test_quarto_is_used_where_it_is_on_the_path(small, tmp_path_factory, monkeyp
         f"#!{sys.executable}\nimport pathlib, sys\n"
         "if sys.argv[1] == '--version': sys.exit(print('1.2.3'))\n"
         "assert sys.argv[1] == 'render' and pathlib.Path(sys.argv[2], 'nbs/01_one.ipynb').is_file(), sys.argv\n"
+        "assert '# A small' not in pathlib.Path(sys.argv[2], 'README.md').read_text()\n"
         "out = pathlib.Path(sys.argv[2], '_book'); out.mkdir()\n"
         f"(out / 'index.html').write_text({page!r})\n"
     )

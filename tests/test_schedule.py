@@ -191,6 +191,13 @@ def test_float32_betas_are_kept_in_double_precision_and_copied():
     assert schedule.betas[3] == 0.1
 
 
+def test_python_numbers_are_taken_in_double_precision():
+    assert DiscreteSchedule([0.1, 0.36]).alpha_bar[2] == (1 - 0.1) * (1 - 0.36)
+    schedule = OffsetCosineSchedule(0.0, 1.0)
+    assert math.isclose(schedule.signal_rate(0.1), math.cos(0.1 * math.pi / 2), rel_tol=1e-15)
+    assert math.isclose(schedule.signal_rate([0.1, 0.3])[1], math.cos(0.3 * math.pi / 2), rel_tol=1e-15)
+
+
 def test_sample_times_are_uniform_on_one_to_T(cosine):
     times = cosine.sample_times(50_000, torch.Generator().manual_seed(0))
     assert times.shape == (50_000,) and times.dtype == torch.int64

@@ -180,7 +180,7 @@ BROKEN = [
     (rules.star_imports, ("m", "from math import *")),
     (rules.star_imports, ("m", "def f():\n    if True:\n        from diffusion_book.core import *")),
     (rules.import_levels, ("core", "from diffusion_book.toy import spiral")),
-    (rules.import_levels, ("viz", "def f():\n    from .core import device")),
+    (rules.import_levels, ("embed", "def f():\n    from .core import device")),
     (rules.import_levels, ("sampling", "import diffusion_book.ddim as d")),
     (rules.import_levels, ("toy", "from . import train")),
     (rules.import_levels, ("toy", "from diffusion_book import train")),

@@ -14,6 +14,7 @@ from diffusion_book.toy import (
     spiral_coverage,
     spiral_curve,
     spiral_distance,
+    spiral_ks,
 )
 
 SCALE, SHIFT = 1 / 12.58894, -0.12298  # published to these digits
@@ -283,3 +284,20 @@ def test_coverage_refuses_a_bad_radius(radius):
 def test_coverage_refuses_no_points():
     with pytest.raises(ValueError, match="at least one point; got radius 0.05 and 0 points"):
         spiral_coverage(torch.zeros(0, 2))
+
+
+# --- where along the curve --------------------------------------------------------------------------------------
+
+
+def test_ks_of_known_sets():
+    """A point mass at a share u of the data is at least max(u, 1 - u) away; evenly spread shares are 1/(2n) away."""
+    for share in (0.0, 0.3, 1.0):
+        collapsed = spiral_curve(torch.full((50,), share))
+        assert spiral_ks(collapsed) == pytest.approx(max(share, 1 - share), abs=1e-6)
+    even = spiral_curve((torch.arange(200) + 0.5) / 200)
+    assert spiral_ks(even) == pytest.approx(1 / 400, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ks_of_fresh_data_is_small(seed):
+    assert spiral_ks(spiral(5000, generator(seed))) < 1.95 / 5000**0.5  # exceeded by one fair set in a thousand

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -71,17 +72,23 @@ def run_chapter(notebook: dict, name: str, folder: Path, root: Path) -> dict:
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-        extra_arguments=["--log-level=ERROR"],
         on_cell_execute=lambda cell, cell_index: at.append(cell_index),
     )
-    try:
-        client.execute(env=_environment(root), cleanup_kc=True)
-    except CellTimeoutError:
-        raise BookError(_failure(name, fresh, at, f"not finished after {CELL_SECONDS} s")) from None
-    except DeadKernelError:
-        raise BookError(_failure(name, fresh, at, "the kernel died (out of memory?)")) from None
-    except CellExecutionError as error:
-        raise BookError(_failure(name, fresh, at, _plain(error.traceback))) from None
+    with tempfile.TemporaryFile("w+", errors="replace") as last_words:
+        try:
+            client.execute(env=_environment(root), cleanup_kc=True, stderr=last_words)
+        except CellTimeoutError:
+            raise BookError(_failure(name, fresh, at, f"not finished after {CELL_SECONDS} s")) from None
+        except CellExecutionError as error:
+            raise BookError(_failure(name, fresh, at, _plain(error.traceback))) from None
+        except (DeadKernelError, AssertionError) as error:
+            if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient saw Ctrl-C and has stopped the kernel
+                raise KeyboardInterrupt from None
+            if isinstance(error, AssertionError):
+                raise
+            last_words.seek(0)
+            reason = f"the kernel died (out of memory?)\n{_plain(last_words.read())}"
+            raise BookError(_failure(name, fresh, at, reason)) from None
     clean_outputs(fresh)
     return fresh
 

@@ -71,6 +71,8 @@ def render(stage: Path, build: Path, output: Path, contents: Contents, key: str)
 
 def _quarto(stage: Path, pages: Path) -> None:
     """Quarto's edition, without the scripts that it would fetch from other servers."""
+    readme = stage / "README.md"  # the preface has its title in its front matter, so the heading goes
+    readme.write_text(re.sub(r"\A\s*# .+\n", "", readme.read_text(encoding="utf-8")), encoding="utf-8")
     _call(["quarto", "render", str(stage), "--to", "html"], stage, "Quarto", QUARTO_PYTHON=sys.executable)
     shutil.move(stage / "_book", pages)
     for path in pages.rglob("*.html"):

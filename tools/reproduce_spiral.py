@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diffusion_book.core import RandomStreams, environment
 from diffusion_book.diffusion import GaussianDiffusion
-from diffusion_book.ideal import IdealDenoiser, compare_with_floor
+from diffusion_book.ideal import IdealDenoiser, bayes_loss, losses_by_time
 from diffusion_book.presets import SpiralConfig, spiral_config, spiral_diffusion, spiral_training
 from diffusion_book.sampling import ddpm, sample
 from diffusion_book.toy import spiral, spiral_coverage, spiral_curve, spiral_distance, spiral_ks
@@ -44,6 +44,17 @@ def draw(diffusion: GaussianDiffusion, model, n: int, generator: torch.Generator
     return sample(ddpm(diffusion, model, start, clip=CLIP, generator=generator), progress=False)
 
 
+def against_the_floor(diffusion, model, held_out, streams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's loss and the Bayes floor at every time, on the same points and noise."""
+    schedule, ideal = diffusion.schedule, IdealDenoiser(CURVE, diffusion.schedule)
+    losses = {
+        "network": lambda x0, t, noise: diffusion.loss(model, x0, t=t, noise=noise),
+        "floor": lambda x0, t, noise: bayes_loss(ideal, schedule, x0, t, noise),
+    }
+    measured = losses_by_time(losses, held_out, torch.arange(1, schedule.T + 1), streams.monitoring)
+    return measured["network"], measured["floor"]
+
+
 def train_and_judge(config: SpiralConfig, seed: int) -> dict[str, object]:
     streams = RandomStreams(seed)
     diffusion, model, steps = spiral_training(config, streams)
@@ -53,9 +64,7 @@ def train_and_judge(config: SpiralConfig, seed: int) -> dict[str, object]:
     trained = time.perf_counter()
     scores = judge(draw(diffusion, model, config.samples, streams.monitoring))
     sampled = time.perf_counter()
-    held_out = spiral(config.held_out, streams.monitoring)
-    ideal = IdealDenoiser(CURVE, diffusion.schedule)
-    network, floor = compare_with_floor(diffusion, model, ideal, held_out, streams.monitoring)
+    network, floor = against_the_floor(diffusion, model, spiral(config.held_out, streams.monitoring), streams)
     return {
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -122,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # so small a network gains nothing from a second core
     main()
