@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -17,10 +19,12 @@ import book
 import contents
 import execute
 import notebooks
+import numpy as np
 import pages
 import pytest
 import render
 import stage
+from PIL import Image, ImageDraw
 
 BOOK = """\
 project: {type: book}
@@ -34,6 +38,7 @@ book:
 """
 CHAPTERS = ["nbs/01_one.ipynb", "nbs/02_two.ipynb", "nbs/A1_more.ipynb"]
 VIEW = notebooks.WIDGET_VIEW
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # one pixel
 
 
 def markdown(text: str) -> dict:
@@ -334,8 +339,8 @@ def test_execute_names_must_exist(small, capsys):
 
 def test_progress_bars_go_and_explorers_keep_their_html():
     bar = shown(view="{}", text="  0%|")
-    explorer = shown(view="{}", html="<figure></figure>", png="iVBOR")
-    picture = shown(png="iVBOR", text="<Figure>")
+    explorer = shown(view="{}", html="<figure></figure>", png=DOT)
+    picture = shown(png=DOT, text="<Figure>")
     given = notebook(code("run()", bar, explorer, picture), markdown("x"), code("1"))
     given["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {}}
     given["cells"][0]["metadata"] = {"execution": {}}
@@ -561,7 +566,7 @@ def no_quarto(monkeypatch):
 
 def test_the_plain_edition_shows_what_it_should(small, no_quarto):
     text = "See [two](02_two.ipynb#a-heading) and $x^2$."
-    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    png = DOT
     cells = markdown(f"# One\n\n{text}"), code("#| fig-alt: A dot\nplot()", shown(png=png))
     hidden = code("#| include: false\nsecret = 1"), code("#| export:\npublic = 2")
     notebooks.write_notebook(notebook(*cells, *hidden), small / CHAPTERS[0])
@@ -599,3 +604,29 @@ def test_the_references_are_complete(root):
             assert fields["url"] == f"https://arxiv.org/abs/{fields['eprint']}"
         if "doi" in fields:
             assert fields["url"] == f"https://doi.org/{fields['doi']}"
+
+
+# Small pictures
+
+
+def png(image: Image.Image) -> str:
+    image.save(buffer := io.BytesIO(), "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_figure_gets_a_palette_and_looks_the_same() -> None:
+    image = Image.new("RGBA", (300, 200), (0, 0, 0, 0))
+    ImageDraw.Draw(image).line([(0, 0), (150, 190), (299, 3)], fill=(0, 119, 187, 255), width=3)
+    image = image.resize((200, 133), Image.Resampling.LANCZOS)  # soft edges, as a plot has them
+    text = png(image)
+    small = Image.open(io.BytesIO(base64.b64decode(notebooks.small_png(text))))
+    assert len(notebooks.small_png(text)) < len(text) and small.mode == "P"
+    before, after = (np.asarray(i.convert("RGBA").convert("RGBa"), np.int16) for i in (image, small))
+    assert np.abs(before - after).mean() < 1 and before.any()
+    assert notebooks.small_png(notebooks.small_png(text)) == notebooks.small_png(text)
+
+
+def test_a_picture_of_many_colours_is_left_alone() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    text = png(Image.fromarray(noise))
+    assert notebooks.small_png(text) == text

@@ -282,7 +282,7 @@ def test_coverage_refuses_a_bad_radius(radius):
 
 
 def test_coverage_refuses_no_points():
-    with pytest.raises(ValueError, match="at least one point; got radius 0.05 and 0 points"):
+    with pytest.raises(ValueError, match=r"at least one point; got radius 0\.05 and 0 points"):
         spiral_coverage(torch.zeros(0, 2))
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import tempfile
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffusion_book.player import few_colors, image_bytes
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -31,7 +38,11 @@ def write_notebook(notebook: dict, path: Path) -> None:
 
 def source(cell: dict) -> str:
     """The text of a cell, which the format stores as one string or as a list of lines."""
-    return cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+    return _joined(cell["source"])
+
+
+def _joined(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else "".join(text)
 
 
 def code_cells(notebook: dict) -> list[dict]:
@@ -40,7 +51,7 @@ def code_cells(notebook: dict) -> list[dict]:
 
 
 def clean_outputs(notebook: dict) -> None:
-    """Keep what a static page can show: no widget views, no widget state, no timing metadata.
+    """Keep what a static page can show: no widget views, no widget state, no timing metadata; pictures made small.
 
     A widget that brings its own HTML (an Explorer) keeps the HTML; one without is a progress bar and goes.
     """
@@ -52,6 +63,19 @@ def clean_outputs(notebook: dict) -> None:
         for output in cell["outputs"]:
             if "execution_count" in output:
                 output["execution_count"] = number
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = small_png(_joined(output["data"]["image/png"]))
+
+
+def small_png(text: str) -> str:
+    """A PNG (base64) with a palette of 128 colours, where that is smaller and no eye would tell."""
+    image = Image.open(io.BytesIO(base64.b64decode(text)))
+    if image.mode == "P":
+        return text
+    few = few_colors(image.convert("RGBA"))
+    before, after = (np.asarray(picture.convert("RGBA").convert("RGBa"), np.int16) for picture in (image, few))
+    small = base64.b64encode(image_bytes(few, optimize=True)).decode()
+    return small if len(small) < len(text) and np.abs(before - after).mean() < 1 else text
 
 
 def _static(output: dict) -> dict | None:
