@@ -5,18 +5,19 @@
 # %% ../nbs/09_ideal.ipynb #e6ed13ff
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from .diffusion import ForwardProcess
+from .core import randn_like
 from .schedule import Schedule
 
-_MAX_ENTRIES = 4_000_000  # of one block of weights: 32 MB in float64
+_MAX_ENTRIES = 250_000  # of one block of weights: 2 MB in float64 stay in the cache
+_MIN_ROWS = 64  # but not fewer rows at a time: each block reads all of the data
 
 # %% auto #0
-__all__ = ['IdealDenoiser', 'bayes_loss']
+__all__ = ['IdealDenoiser', 'bayes_loss', 'losses_by_time']
 
 # %% ../nbs/09_ideal.ipynb #0b95514b
 class IdealDenoiser:
@@ -49,7 +50,7 @@ class IdealDenoiser:
         y: Tensor | None = None,  # (m,) classes: each row averages over its own class only
     ) -> Tensor:  # (m, ...)
         times = self._check(x, t, y)
-        rows = max(1, _MAX_ENTRIES // len(self.data))
+        rows = max(_MIN_ROWS, _MAX_ENTRIES // len(self.data))
         points = x.double().flatten(1).split(rows)
         classes = y.split(rows) if y is not None else [None] * len(points)
         blocks = [self._block(*block) for block in zip(points, times.split(rows), classes, strict=True)]
@@ -104,7 +105,27 @@ def bayes_loss(
     if prediction not in factors:
         raise ValueError(f"prediction must be one of {', '.join(factors)}; got {prediction!r}")
     times = schedule.check_times(t)
-    xt = ForwardProcess(schedule).q_sample(x0, times, noise)
+    signal, sigma = (
+        rate(times).to(x0).reshape(times.shape + (1,) * (x0.ndim - times.ndim) if times.ndim else ())
+        for rate in (schedule.signal_rate, schedule.noise_rate)
+    )
+    xt = signal * x0 + sigma * noise
     estimate = denoiser(xt, times) if y is None else denoiser(xt, times, y)
     mmse = (estimate - x0).square().flatten(1).mean(1)
     return factors[prediction](times).to(mmse) * mmse
+
+# %% ../nbs/09_ideal.ipynb #560cd509
+def losses_by_time(
+    losses: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]],  # name to loss(x0, t, noise), any shape
+    x0: Tensor,  # (n, ...) points
+    times: Tensor,  # (k,) for example torch.arange(1, T + 1)
+    generator: torch.Generator | None = None,  # for the noise
+) -> dict[str, Tensor]:  # (k,) float64 for each name
+    """The mean of several losses at every time, all on the same points and noise, so that they can be compared."""
+    results: dict[str, list[float]] = {name: [] for name in losses}
+    with torch.no_grad():
+        for t in times:
+            noise = randn_like(x0, generator)
+            for name, loss in losses.items():
+                results[name].append(float(loss(x0, t.expand(len(x0)), noise).mean()))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in results.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['spiral_curve', 'spiral', 'moons', 's_curve', 'spiral_distance', 'spiral_arc_length', 'spiral_arc_cdf',
+__all__ = ['spiral_curve', 'spiral', 'moons', 's_curve', 'spiral_distance', 'spiral_arc_length', 'spiral_arc_cdf', 'spiral_ks',
            'spiral_coverage']
 
 # %% ../nbs/02_spiral.ipynb #dd8356a5
@@ -150,6 +150,15 @@ def spiral_arc_cdf(
     return ((_parameter_at(length) - _INNER) / (_OUTER - _INNER)).clamp(0, 1)
 
 # %% ../nbs/02_spiral.ipynb #9c37d968
+def spiral_ks(
+    points: Tensor,  # (n, 2)
+) -> float:  # in [0, 1]; 0 is perfect
+    """Kolmogorov-Smirnov distance between the points' arc lengths and their exact distribution."""
+    from scipy.stats import kstest  # only needed here: importing the library stays light
+
+    return float(kstest(spiral_arc_cdf(spiral_arc_length(points)).cpu(), "uniform").statistic)
+
+# %% ../nbs/02_spiral.ipynb #7a4c7e6e
 def spiral_coverage(
     points: Tensor,  # (n, 2), n at least 1
     radius: float = 0.05,
