@@ -7,7 +7,7 @@ from torch.distributions import Normal
 
 import diffusion_book.ideal as module
 from diffusion_book.diffusion import GaussianDiffusion
-from diffusion_book.ideal import IdealDenoiser, bayes_loss
+from diffusion_book.ideal import IdealDenoiser, bayes_loss, losses_by_time
 from diffusion_book.sampling import ddpm, sample
 from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule, linear_beta_schedule
 
@@ -123,12 +123,13 @@ def test_blocks_give_the_same_answer(schedule, generator, monkeypatch):
     rows = []
     original = IdealDenoiser._block
     monkeypatch.setattr(IdealDenoiser, "_block", lambda self, x, t, y: rows.append(len(x)) or original(self, x, t, y))
+    monkeypatch.setattr(module, "_MIN_ROWS", 2)
     for entries in (1, 40, 77):
         rows.clear()
         monkeypatch.setattr(module, "_MAX_ENTRIES", entries)
         torch.testing.assert_close(ideal(x, t), whole)
         torch.testing.assert_close(ideal(x, t, y), wanted)
-        assert max(rows) == max(1, entries // 11) and sum(rows) == 60
+        assert max(rows) == max(2, entries // 11) and sum(rows) == 60
 
 
 # --- labels -----------------------------------------------------------------------------------------------------
@@ -292,3 +293,30 @@ def test_conditional_samples_have_the_class_that_was_asked_for(schedule, generat
     nearest = torch.cdist(points, data).argmin(1)
     assert torch.equal(ideal.labels[nearest], y)
     assert set(nearest.tolist()) == {0, 1, 2, 3}
+
+
+# --- losses side by side ----------------------------------------------------------------------------------------
+
+
+def test_losses_by_time_share_their_noise_and_equal_a_plain_loop(schedule, generator):
+    data, x0 = randn(9, 2, generator=generator), randn(40, 2, generator=generator)
+    ideal, diffusion = IdealDenoiser(data, schedule), GaussianDiffusion(schedule, "x0")
+    seen: dict[str, list[torch.Tensor]] = {"floor": [], "network": []}
+
+    def floor(x0, t, noise):
+        seen["floor"].append(noise)
+        return bayes_loss(ideal, schedule, x0, t, noise, "x0")
+
+    def network(x0, t, noise):
+        seen["network"].append(noise)
+        return diffusion.loss(ideal, x0, t=t, noise=noise)
+
+    times = torch.tensor([1, 30, 100])
+    measured = losses_by_time({"floor": floor, "network": network}, x0, times, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(measured["floor"], measured["network"])  # the ideal denoiser is on its floor
+    assert all(torch.equal(a, b) for a, b in zip(seen["floor"], seen["network"], strict=True))
+    assert not torch.equal(seen["floor"][0], seen["floor"][1])
+    noise = randn(40, 2, generator=torch.Generator().manual_seed(1))
+    xt = schedule.signal_rate(1) * x0 + schedule.noise_rate(1) * noise
+    expected = (ideal(xt, 1) - x0).square().mean()
+    assert float(measured["floor"][0]) == pytest.approx(float(expected), rel=1e-12)

@@ -1,6 +1,6 @@
 """Write the results table of README.md from results/*.json, or check that it is in step.
 
-    python tools/readme.py [--check]
+python tools/readme.py [--check]
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def cell(runs: list[dict], key: str) -> str:
 
 def rows(results: Path) -> list[tuple[str, list[dict]]]:
     """(label, runs) of each line of the table, read from the files in `results`."""
-    load = {name: json.loads((results / f"spiral_{name}.json").read_text()) for name in ("mended", "published", "baselines")}
+    load = {
+        name: json.loads((results / f"spiral_{name}.json").read_text()) for name in ("mended", "published", "baselines")
+    }
     titles = {
         "mended": "mended schedule, T = {timesteps}",
         "published": "published setting, T = {timesteps}",
@@ -61,7 +63,9 @@ def main() -> None:
     _, after = rest.split(END)
     fresh = before + BEGIN + table(ROOT / "results") + END + after
     if "--check" in sys.argv:
-        sys.exit(0 if fresh == readme.read_text() else "README.md is out of step with results/: run python tools/readme.py")
+        sys.exit(
+            0 if fresh == readme.read_text() else "README.md is out of step with results/: run python tools/readme.py"
+        )
     readme.write_text(fresh)
 
 

@@ -1,0 +1,50 @@
+"""results/ and the README: complete records, a table in step with them, and a seed that can be made again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import readme
+from conftest import ROOT
+
+from diffusion_book.presets import spiral_config
+
+RECORDS = {name: json.loads((ROOT / "results" / f"spiral_{name}.json").read_text()) for name in ("mended", "published")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_record_says_what_made_it(path):
+    record = json.loads(path.read_text())
+    assert record["name"] == path.stem
+    assert {"command", "config", "sampler", "environment", "runs"} <= set(record)
+    assert {"python", "torch", "device"} <= set(record["environment"])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_trained_records_belong_to_the_recipe_of_the_library(name):
+    record, config = RECORDS[name], spiral_config(name, "published")
+    assert record["config"] == vars(config)
+    assert [run["seed"] for run in record["runs"]] == list(range(5))
+    for run in record["runs"]:
+        assert run["parameters"] == 5_442
+        assert len(run["loss_by_time"]) == len(run["floor_by_time"]) == config.timesteps
+        ratio = sum(run["loss_by_time"]) / sum(run["floor_by_time"])
+        assert ratio == pytest.approx(run["loss_ratio"], rel=1e-3)
+
+
+def test_readme_table_is_in_step():
+    done = subprocess.run([sys.executable, ROOT / "tools" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_table_follows_the_files(tmp_path):
+    for path in (ROOT / "results").glob("spiral_*.json"):
+        record = json.loads(path.read_text())
+        if path.stem == "spiral_mended":
+            for run in record["runs"]:
+                run["distance"] = 0.75
+        (tmp_path / path.name).write_text(json.dumps(record))
+    assert "0.7500 ± 0.0000" in readme.table(tmp_path) and "0.7500" not in readme.table(ROOT / "results")
