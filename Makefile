@@ -20,8 +20,9 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; need = tuple(map(int, "$(MIN)".split("."))); \
 	sys.exit(0 if sys.version_info >= need else f"Diffusion Book needs Python $(MIN) or newer, and $(PYTHON) is \
 	{sys.version.split()[0]}. Name a newer one, for example: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "Installing the library and its tools into .venv: about 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 book: $(READY)  ## run every chapter here at preset quick and render _book/index.html

@@ -40,7 +40,7 @@ HEAVY = (
 )
 ABOUT: dict[str, set[str]] = {}  # what a module may import because it is about it
 IMPORT_BUDGET = 0.050  # seconds, on top of torch
-NEEDED = ("torch", "numpy")  # all that importing the library takes
+NEEDED = ("torch",)  # all that importing the library takes
 
 
 def python(*args: str, executable: str | Path = sys.executable, **env: str) -> str:
