@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import readme
+import reproduce_spiral
 from conftest import ROOT
 
 from diffusion_book.presets import spiral_config
@@ -48,3 +49,20 @@ def test_readme_table_follows_the_files(tmp_path):
                 run["distance"] = 0.75
         (tmp_path / path.name).write_text(json.dumps(record))
     assert "0.7500 ± 0.0000" in readme.table(tmp_path) and "0.7500" not in readme.table(ROOT / "results")
+
+
+def test_the_script_behind_the_records_runs_and_keeps_finished_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce_spiral, "ROOT", tmp_path)
+    config = spiral_config("published", "tiny")
+    run = reproduce_spiral.seed_run(config, "published", 3)
+    stored = RECORDS["published"]["runs"][0]
+    assert set(run) == set(stored) and run["seed"] == 3 and run["parameters"] == stored["parameters"]
+    assert run["loss_ratio"] > 1 and run["distance"] > stored["distance"]  # sixty steps do not train a network
+    monkeypatch.setattr(reproduce_spiral, "train_and_judge", lambda config, seed: pytest.fail("trained again"))
+    assert reproduce_spiral.seed_run(config, "published", 3) == run
+
+
+def test_baselines_rank_as_they_must():
+    rows = reproduce_spiral.baselines(spiral_config("mended", "tiny"), 1)
+    distance = {name: runs[0]["distance"] for name, runs in rows.items()}
+    assert distance["fresh data"] < 1e-6 < distance["ideal denoiser"] < 0.01 < 0.3 < distance["N(0, I)"]
