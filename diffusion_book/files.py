@@ -16,12 +16,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # %% auto #0
 __all__ = ['MIRRORS', 'check_content', 'whole_file', 'fetch', 'mnist_arrays', 'cifar10_arrays']
@@ -129,6 +131,8 @@ _SHA256 = {  # of the content, however it was compressed; CIFAR-10: images (n, 3
 
 # %% ../nbs/47_files.ipynb #15fcc490
 def _read_idx(path: Path) -> Tensor:
+    import numpy as np
+
     content = bytearray(gzip.decompress(path.read_bytes()))
     check_content(_SHA256[path.name], content)
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4).tolist()
@@ -144,6 +148,8 @@ def mnist_arrays(folder: Path, split: str) -> tuple[Tensor, Tensor]:  # (n, 1, 2
 
 # %% ../nbs/47_files.ipynb #f4a27536
 def _read_npz(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     check_content(_SHA256[path.name], images, labels)
@@ -151,6 +157,8 @@ def _read_npz(path: Path) -> tuple[Any, Any]:
 
 
 def _read_archive(path: Path) -> dict[str, dict[str, Any]]:
+    import numpy as np
+
     found, batches = {}, {"train.npz": [f"data_batch_{i}" for i in range(1, 6)], "test.npz": ["test_batch"]}
     with tarfile.open(path) as archive:
         for name, members in batches.items():
@@ -164,6 +172,8 @@ def _read_archive(path: Path) -> dict[str, dict[str, Any]]:
 
 def cifar10_arrays(folder: Path, split: str) -> tuple[Tensor, Tensor]:  # (n, 3, 32, 32) uint8 and (n,) int64
     """The small photographs of Krizhevsky (2009), split "train" (50,000) or "test" (10,000)."""
+    import numpy as np
+
     path, archive = folder / f"{split}.npz", folder / "cifar-10-binary.tar.gz"
     if not path.exists():
         for name, arrays in fetch(archive, MIRRORS["cifar10"], _read_archive).items():

@@ -9,12 +9,14 @@ import math
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # %% auto #0
 __all__ = ['resize_images', 'folder_arrays']
@@ -36,6 +38,7 @@ _IN_MEMORY = 2**30  # bytes; what is larger goes into a nameless file on disk, o
 
 def _open_square(path: Path, size: int) -> tuple[Any, bool]:
     """The centre square, upright, on white, antialiased, (3, size, size); and whether it was stored in grey."""
+    import numpy as np
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
@@ -51,6 +54,8 @@ def _open_square(path: Path, size: int) -> tuple[Any, bool]:
 
 
 def _room(shape: tuple[int, ...], scratch: Path) -> Any:
+    import numpy as np
+
     if math.prod(shape) <= _IN_MEMORY:
         return np.empty(shape, np.uint8)
     scratch.mkdir(parents=True, exist_ok=True)
