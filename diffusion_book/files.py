@@ -16,14 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # %% auto #0
 __all__ = ['MIRRORS', 'check_content', 'whole_file', 'fetch', 'mnist_arrays', 'cifar10_arrays']
@@ -146,7 +143,7 @@ def mnist_arrays(folder: Path, split: str) -> tuple[Tensor, Tensor]:  # (n, 1, 2
     pixels, labels = (fetch(folder / name, MIRRORS["mnist"], _read_idx) for name in names)
     return pixels[:, None], labels.long()
 
-# %% ../nbs/47_files.ipynb #f4a27536
+# %% ../nbs/47_files.ipynb #28047b94
 def _read_npz(path: Path) -> tuple[Any, Any]:
     import numpy as np
 
@@ -169,7 +166,7 @@ def _read_archive(path: Path) -> dict[str, dict[str, Any]]:
             check_content(_SHA256[name], *found[name].values())
     return found
 
-
+# %% ../nbs/47_files.ipynb #f4a27536
 def cifar10_arrays(folder: Path, split: str) -> tuple[Tensor, Tensor]:  # (n, 3, 32, 32) uint8 and (n,) int64
     """The small photographs of Krizhevsky (2009), split "train" (50,000) or "test" (10,000)."""
     import numpy as np

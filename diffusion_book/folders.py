@@ -9,14 +9,11 @@ import math
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    import numpy as np
 
 # %% auto #0
 __all__ = ['resize_images', 'folder_arrays']
