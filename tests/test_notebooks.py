@@ -38,6 +38,7 @@ def surroundings(folder: Path) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     env |= {key: NOWHERE for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
+    env |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")  # a chapter may serve itself
     return env | {
         "DIFFUSION_BOOK_PRESET": "tiny",
         "DIFFUSION_BOOK_DATA": str(folder / "data"),

@@ -1,0 +1,150 @@
+"""Train the LeNet that judges digits, once; write diffusion_book/weights/lenet.safetensors and its card.
+
+    python tools/train_lenet.py [--epochs 15] [--seed 0] [--folder diffusion_book/weights]
+
+Needs the four IDX files of MNIST in the data folder (DIFFUSION_BOOK_DATA). Every score of the book is relative to these
+weights: the tool refuses to replace them unless it is told to (--replace).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from tqdm.auto import tqdm
+
+from diffusion_book.core import RandomStreams, data_dir, environment
+from diffusion_book.lenet import LeNet5
+from diffusion_book.train import train_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+VALIDATION, BATCH, RATE, SHIFT = 6_000, 128, 2e-3, 2
+
+
+def read_idx(name: str) -> np.ndarray:
+    """One IDX file of unsigned bytes: four bytes of kind and rank, the sizes, the values."""
+    raw = gzip.decompress((data_dir() / "mnist" / f"{name}.gz").read_bytes())
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">u4", rank, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 1, 28, 28) uint8 and labels (n,) int64 of "train" or "t10k"."""
+    images, labels = read_idx(f"{split}-images-idx3-ubyte"), read_idx(f"{split}-labels-idx1-ubyte")
+    return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image moved by up to SHIFT pixels each way, black where nothing was."""
+    n, _, height, width = images.shape
+    moves = torch.randint(0, 2 * SHIFT + 1, (2, n), generator=generator)
+    rows, columns = moves[0, :, None] + torch.arange(height), moves[1, :, None] + torch.arange(width)
+    padded = pad(images, (SHIFT,) * 4)[:, 0]
+    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def batches(images: Tensor, labels: Tensor, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled, shifted batches in [0, 1], the short last one of an epoch left out."""
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
+            yield shifted(images[rows], generator).float() / 255, labels[rows]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images that the network names rightly."""
+    right = [
+        (model(x.float() / 255).argmax(1) == y) for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+    ]
+    return float(torch.cat(right).double().mean())
+
+
+def train(epochs: int, seed: int) -> tuple[LeNet5, dict[str, float]]:
+    """The weights of the epoch with the best validation accuracy, and how that epoch scored."""
+    streams = RandomStreams(seed)
+    images, labels = digits("train")
+    order = torch.randperm(len(images), generator=streams.data)
+    held, kept = order[:VALIDATION], order[VALIDATION:]
+    model = LeNet5(generator=streams.initialisation)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    per_epoch = len(kept) // BATCH
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    feed = batches(images[kept], labels[kept], epochs, streams.data)
+    steps = train_steps(model, lambda net, b: cross_entropy(net(b[0]), b[1]), feed, optimizer, scheduler=scheduler)
+    best, chosen = {"validation_accuracy": -1.0}, model.state_dict()
+    for step in tqdm(steps, total=epochs * per_epoch, mininterval=5):
+        if step.step % per_epoch == 0:
+            score = accuracy(model, images[held], labels[held])
+            tqdm.write(f"epoch {step.step // per_epoch}: validation accuracy {score:.4f}")
+            if score > best["validation_accuracy"]:
+                best = {"validation_accuracy": score, "epoch": step.step // per_epoch}
+                chosen = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(chosen)
+    return model, best
+
+
+def write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a temporary name first, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    import safetensors
+    from safetensors.torch import save
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=ROOT / "diffusion_book" / "weights")
+    parser.add_argument("--replace", action="store_true", help="overwrite weights that are there")
+    arguments = parser.parse_args()
+    target = arguments.folder / "lenet.safetensors"
+    if target.exists() and not arguments.replace:
+        parser.error(f"{target.name} is there and frozen; --replace starts a new book of scores")
+    torch.set_num_threads(1)  # the same sums in the same order, whatever the machine
+    started = time.perf_counter()
+    model, best = train(arguments.epochs, arguments.seed)
+    seconds = time.perf_counter() - started
+    content = save({name: value.contiguous() for name, value in model.state_dict().items()})
+    config = {"split": "54,000 / 6,000", "batch_size": BATCH, "optimizer": "Adam", "learning_rate": RATE,
+              "learning_rate_schedule": "cosine to zero", "epochs": arguments.epochs, "augmentation":
+              f"shifts of up to {SHIFT} pixels", "selection": "the epoch with the best validation accuracy"}  # fmt: skip
+    card = {
+        "name": "lenet",
+        "command": f"python tools/train_lenet.py --epochs {arguments.epochs} --seed {arguments.seed}",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **best,
+        "test_accuracy": accuracy(model, *digits("t10k")),  # looked at once, after everything was chosen
+        "seed": arguments.seed,
+        "config": config,
+        "environment": {
+            **environment(),
+            "preset": "published",
+            "safetensors": safetensors.__version__,
+            "numpy": np.__version__,
+        },
+        "seconds": round(seconds, 1),
+    }
+    write(target, content)
+    write(target.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    print(json.dumps(card, indent=1))
+
+
+if __name__ == "__main__":
+    main()
