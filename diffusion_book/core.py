@@ -10,14 +10,17 @@ import os
 import platform
 import random
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['device', 'preset_name', 'data_dir', 'environment', 'derive_seed', 'seed_all', 'RandomStreams', 'randn_like']
+__all__ = ['device', 'preset_name', 'data_dir', 'environment', 'derive_seed', 'seed_all', 'RandomStreams', 'write_whole',
+           'randn_like']
 
 # %% ../nbs/01_setup.ipynb #9aa61845
 _PRESETS = ("tiny", "quick", "full", "published")
@@ -119,6 +122,32 @@ class RandomStreams:
             raise ValueError(f"state has streams {sorted(state)}; expected {sorted(self.names)}")
         for name in self.names:
             getattr(self, name).set_state(state[name])
+
+# %% ../nbs/01_setup.ipynb #546ffa6a
+def write_whole(
+    target: str | os.PathLike[str],  # missing folders above it are made
+    content: bytes | str,  # text is written in UTF-8
+) -> Path:  # of the target
+    """All or nothing: to the disk under a temporary name beside it, then, in one move, under its own.
+
+    Raises OSError (disk full, no permission) that names the target; what was there before is untouched.
+    """
+    target, data = Path(target), content.encode() if isinstance(content, str) else content
+    part = target.with_name(f".{target.name}.{threading.get_native_id()}.part")  # no other running thread has it
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        told = f"{error.strerror}; not written, what was there before is untouched"
+        raise OSError(error.errno, told, str(target)) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return target
 
 # %% ../nbs/01_setup.ipynb #ca0b7011
 def randn_like(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import warnings
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,20 +73,23 @@ class LeNet5(nn.Module):
 
 # %% ../nbs/24_lenet.ipynb #d24a0b14
 def shipped(
-    name: str,  # "lenet", or another file of the folder weights/
+    name: str,  # "lenet", or another file of the folder
+    folder: Path | None = None,  # the library's weights/ if not given
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card of a file that comes with the library.
+    """Tensors and card of a file that comes with the library, or lies in a folder.
 
     Raises FileNotFoundError where there is none of this name, RuntimeError where it is not what its card was written for.
     """
     from safetensors.torch import load
 
-    folder = files("diffusion_book") / "weights"
-    if not (folder / f"{name}.json").is_file():
-        there = sorted(path.name.removesuffix(".json") for path in folder.iterdir() if path.name.endswith(".json"))
-        raise FileNotFoundError(f"no weights named {name!r} are shipped; there are {', '.join(there)}")
-    card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    content = (folder / f"{name}.safetensors").read_bytes()
+    where = folder or files("diffusion_book") / "weights"
+    if not (where / f"{name}.json").is_file():
+        there = sorted(path.name.removesuffix(".json") for path in where.iterdir() if path.name.endswith(".json"))
+        raise FileNotFoundError(
+            f"no weights named {name!r} in {folder or 'the library'}; there are {', '.join(there) or 'none'}"
+        )
+    card = json.loads((where / f"{name}.json").read_text(encoding="utf-8"))
+    content = (where / f"{name}.safetensors").read_bytes()
     if hashlib.sha256(content).hexdigest() != card["sha256"]:
         raise RuntimeError(f"{name}.safetensors is damaged or replaced: its SHA-256 is not the one in {name}.json")
     return load(content), card

@@ -120,7 +120,7 @@ def _resampled(x: Tensor | Moments, generator: torch.Generator | None) -> Moment
 # %% ../nbs/25_metrics.ipynb #93c9196c
 def score_interval(
     a: Any,  # (n, d) features
-    b: Any,  # (m, d) features, resampled too; or Moments, taken as given
+    b: Any = None,  # (m, d) features, resampled too; or Moments, taken as given; None as for `fld`
     *,
     resamples: int = 200,  # at least 2
     generator: torch.Generator | None = None,
@@ -131,7 +131,8 @@ def score_interval(
     """
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2; got {resamples}")
-    a, b = _rows("a", a), b if isinstance(b, Moments) else _rows("b", b)
+    a, b = _rows("a", a), _judged(None) if b is None else b
+    b = b if isinstance(b, Moments) else _rows("b", b)
     plain = frechet_distance(a, b)
     pairs = ((_resampled(a, generator), _resampled(b, generator)) for _ in range(resamples))
     drawn = torch.tensor([frechet_distance(*pair) for pair in pairs], dtype=torch.float64)

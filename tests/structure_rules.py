@@ -22,7 +22,7 @@ LEVELS = (
     "viz toy diffusion ideal mlp blocks resunet attunet data metrics",
     "unet train sampling ddim flowers inspection image_distances checkpoint widgets export",
     "weights fit",
-    "presets",
+    "presets digits",
     "cli",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
@@ -33,7 +33,7 @@ APART = {  # these never import each other
     "networks": {"mlp", "blocks", "unet", "resunet", "attunet"},
 }
 BY_NAME = {"data"}  # data.load finds a loader by name when it is called
-GENERATED = {"__init__", "_modidx"}
+GENERATED = {"__init__", "__main__", "_modidx"}
 Notebook = Mapping[str, Any]
 
 
