@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
-from .embed import sinusoidal_table
+from .embed import check_range, sinusoidal_table
 
 
 def _check_divides(name: str, divisor: int, channels: int) -> None:
@@ -19,13 +19,10 @@ def _check_divides(name: str, divisor: int, channels: int) -> None:
 
 
 def _check_whole(name: str, values: Tensor, lowest: int, highest: int) -> None:
-    """Whole numbers in lowest..highest; an accelerator would have to be waited for, so only the CPU looks."""
+    """TypeError for anything but whole numbers, ValueError for those outside lowest..highest."""
     if values.is_floating_point() or values.dtype == torch.bool:
         raise TypeError(f"{name} must hold whole numbers (torch.int64); got {values.dtype}")
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
-        return
-    if values.min() < lowest or values.max() > highest:
-        raise ValueError(f"{name} must lie in {lowest}..{highest}; got {int(values.min())} to {int(values.max())}")
+    check_range(name, values, lowest, highest)
 
 # %% auto #0
 __all__ = ['TimeEmbedding', 'ClassEmbedding', 'ConvEmbed', 'ResBlock', 'Downsample', 'Upsample', 'SpatialAttention']

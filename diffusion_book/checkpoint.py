@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .core import environment
+from .core import environment, write_whole
 
 _UNSIGNED = "0" * 64  # stands where a file's SHA-256 will stand
 
@@ -65,22 +64,6 @@ def _payload(step: int, config: Any, extra: Any, parts: Mapping[str, Any]) -> by
     header |= {"config": _pack(config, "config", None), "extra": _pack(extra, "extra", tensors), "parts": states}
     payload = save(tensors, {"checkpoint": json.dumps(header)})
     return payload.replace(_UNSIGNED.encode(), hashlib.sha256(payload).hexdigest().encode(), 1)
-
-# %% ../nbs/52_checkpoint.ipynb #5e5143bb
-def _write(target: Path, payload: bytes) -> None:
-    """All or nothing: to the disk under a temporary name beside it, then, in one move, under its own."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; not written, earlier checkpoints remain", str(target)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 # %% ../nbs/52_checkpoint.ipynb #0e8c3a47
 def _checkpoints(folder: Path) -> list[Path]:
@@ -131,7 +114,7 @@ def save_checkpoint(
     if (newest := latest(folder)) and newest > target:
         raise CheckpointError(f"{newest} is later than step {step}: a folder holds one run, take another")
     live = {k: getattr(part, "_orig_mod", part) for k, part in parts.items() if part is not None}  # none compiled
-    _write(target, _payload(step, config, extra or {}, live))
+    write_whole(target, _payload(step, config, extra or {}, live))
     for old in _checkpoints(target.parent)[:-keep] + list(target.parent.glob(".step_*.part")):  # parts: killed writes
         old.unlink(missing_ok=True)
     return target

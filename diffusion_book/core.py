@@ -142,7 +142,7 @@ def write_whole(
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        told = f"{error.strerror}; not written, what was there before is untouched"
+        told = f"{error.strerror or error}; not written, what was there before is untouched"
         raise OSError(error.errno, told, str(target)) from error
     finally:
         with suppress(OSError):

@@ -5,11 +5,13 @@
 # %% ../nbs/05_time.ipynb #29500ac5
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['sinusoidal_frequencies', 'SinusoidalEmbedding', 'sinusoidal_table']
+__all__ = ['sinusoidal_frequencies', 'SinusoidalEmbedding', 'sinusoidal_table', 'check_range']
 
 # %% ../nbs/05_time.ipynb #358847d8
 def sinusoidal_frequencies(
@@ -26,7 +28,10 @@ def sinusoidal_frequencies(
 
 # %% ../nbs/05_time.ipynb #07740d2b
 class SinusoidalEmbedding(nn.Module):
-    """Times (n,) to channels (n, dim): sines and cosines in pairs, one pair per frequency. No parameters."""
+    """Times (n,) to channels (n, dim): sines and cosines in pairs, one pair per frequency. No parameters.
+
+    A cast of the module rounds its answers only: the frequencies stay float32, and so do the phases (float64 in double).
+    """
 
     frequencies: Tensor
 
@@ -42,13 +47,20 @@ class SinusoidalEmbedding(nn.Module):
             shape = tuple(frequencies.shape)
             raise ValueError(f"dim must be even and frequencies of shape (dim / 2,); got dim={dim} and shape {shape}")
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
-        self.interleaved = interleaved
+        self.interleaved, self.dtype = interleaved, torch.float32
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SinusoidalEmbedding:
+        kept = self.frequencies
+        super()._apply(fn, recurse)  # casts the frequencies too
+        self.dtype, where = self.frequencies.dtype, self.frequencies.device
+        self.frequencies = self.frequencies.float() if kept.is_meta else kept.to(where)
+        return self
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = t[..., None] * self.frequencies
+        angle = t[..., None] * self.frequencies.to(torch.promote_types(self.dtype, torch.float32))
         if self.interleaved:
-            return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+            return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(self.dtype)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.dtype)
 
 # %% ../nbs/05_time.ipynb #0f4841ff
 def sinusoidal_table(
@@ -59,3 +71,20 @@ def sinusoidal_table(
     if not isinstance(T, int) or T < 1:
         raise ValueError(f"T must be a whole number, at least 1; got {T!r}")
     return SinusoidalEmbedding(dim)(torch.arange(1, T + 1))
+
+# %% ../nbs/05_time.ipynb #0538226c
+def check_range(
+    name: str,  # of the argument, for the message
+    values: Tensor,  # times or labels, any shape
+    lowest: int,
+    highest: int,
+) -> None:
+    """ValueError for values outside lowest..highest; on an accelerator, under `torch.compile` and `vmap` nobody looks."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    try:
+        low, high = values.min().item(), values.max().item()
+    except RuntimeError:  # one tensor stands for many rows
+        return
+    if not lowest <= low <= high <= highest:
+        raise ValueError(f"{name} must lie in {lowest}..{highest}; got {low:.7g} to {high:.7g}")

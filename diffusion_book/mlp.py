@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from .embed import SinusoidalEmbedding
+from .embed import SinusoidalEmbedding, check_range
 
 _EMBEDDINGS = ("sinusoidal", "learned")
 
@@ -41,12 +41,6 @@ class TimeLayer(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         h = self.linear(x) + self.time(t - 1 if self.starts_at_zero else t)
         return h if self.label is None else h + self.label(y)
-
-# %% ../nbs/06_mlp.ipynb #7d685e28
-def _check_range(name: str, values: Tensor, lowest: int, highest: int) -> None:
-    """ValueError for values outside lowest..highest; on an accelerator it would wait, so only the CPU looks."""
-    if values.device.type == "cpu" and values.numel() and not (lowest <= values.min() and values.max() <= highest):
-        raise ValueError(f"{name} must lie in {lowest}..{highest}; got {values.min():g} to {values.max():g}")
 
 # %% ../nbs/06_mlp.ipynb #fd3e595a
 class TimeMLP(nn.Module):
@@ -94,12 +88,12 @@ class TimeMLP(nn.Module):
         t: Tensor,  # (n,) int64, 1..T
         y: Tensor | None = None,  # (n,) int64 labels, 0..K; None: no label for the whole batch
     ) -> Tensor:  # (n, in_features)
-        _check_range("t", t, 1, self.num_timesteps)
+        check_range("t", t, 1, self.num_timesteps)
         if self.null_label is None and y is not None:
             raise ValueError("y was given, but this network has no classes: build it with num_classes=K")
         if self.null_label is not None:
             y = torch.full_like(t, self.null_label) if y is None else y
-            _check_range("y", y, 0, self.null_label)
+            check_range("y", y, 0, self.null_label)
         for layer in self.layers:
             x = silu(layer(x, t, y))
         return self.out(x)

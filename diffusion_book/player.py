@@ -10,14 +10,12 @@ import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['to_image', 'image_bytes', 'few_colors', 'still', 'player_html', 'write_whole']
+__all__ = ['to_image', 'image_bytes', 'few_colors', 'still', 'player_html']
 
 # %% ../nbs/49_player.ipynb #e7d87f89
 def to_image(
@@ -158,19 +156,3 @@ def player_html(
         cure = "take fewer frames, a smaller figure or fewer points in it"
         raise ValueError(f"{count} frames take {size:,} bytes of HTML, above the limit of {limit:,}: {cure}")
     return result
-
-# %% ../nbs/49_player.ipynb #1c9d765b
-def write_whole(
-    path: str | os.PathLike[str],  # in a folder that exists
-    data: bytes,
-) -> None:
-    """Write a file under a temporary name, then rename it: there is never half a file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {path.parent} does not exist: create it, then save {path.name} again")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .player import image_bytes, player_html, still, to_image, write_whole
+from .core import write_whole
+from .player import image_bytes, player_html, still, to_image
 
 COLORS = {
     "blue": "#0077bb",
@@ -97,6 +98,14 @@ def show_images(
     plt.show()
 
 # %% ../nbs/A1_viz.ipynb #2458a592
+def _save(path: str | os.PathLike[str], data: bytes) -> None:
+    """Whole or not at all, and in a folder that exists: a slip of the pen should not make a new one."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist: create it, then save {path.name} again")
+    write_whole(path, data)
+
+
 def save_images(
     x: Any,  # (n, C, H, W), C = 1 or 3
     path: str | os.PathLike[str],  # a PNG file in a folder that exists
@@ -105,7 +114,7 @@ def save_images(
     """Write images side by side as a PNG file, whole or not at all."""
     from PIL import Image
 
-    write_whole(path, image_bytes(Image.fromarray(image_grid(x, **options)), "png", optimize=True))
+    _save(path, image_bytes(Image.fromarray(image_grid(x, **options)), "png", optimize=True))
 
 # %% ../nbs/A1_viz.ipynb #79f56b99
 def plot_history(
@@ -163,7 +172,7 @@ class Animation:
         times = [round(1000 / self.fps)] * len(frames)
         times[-1] += round(1000 * self.hold)
         options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0, "allow_mixed": True}
-        write_whole(path, image_bytes(frames[0], kind, **options))
+        _save(path, image_bytes(frames[0], kind, **options))
 
 # %% ../nbs/A1_viz.ipynb #49129ccf
 def animate(

@@ -286,3 +286,19 @@ def test_labels_one_per_image() -> None:
 def test_unknown_combination() -> None:
     with pytest.raises(ValueError, match="combine must be one of concat, add, multiply; got 'mean'"):
         ClassEmbedding(3, 4, "mean")
+
+
+def test_vmap_over_batches_is_one_batch() -> None:
+    embedding, classes = TimeEmbedding(40, 8), ClassEmbedding(10, 8)
+    t, y = torch.tensor([[1, 40], [7, 8], [2, 2]]), torch.tensor([[0, 10], [3, 4], [9, 9]])
+
+    def told(t: Tensor, y: Tensor) -> Tensor:
+        return classes(embedding(t), y)
+
+    torch.testing.assert_close(torch.func.vmap(told)(t, y).flatten(0, 1), told(t.flatten(), y.flatten()))
+    torch.testing.assert_close(torch.func.vmap(embedding)(t[0]), embedding(t[0]))
+
+
+def test_a_table_in_bfloat16_is_the_rounded_table() -> None:
+    exact = TimeEmbedding(1000, 64)[0]
+    assert torch.equal(TimeEmbedding(1000, 64).to(torch.bfloat16)[0].table, exact.table.to(torch.bfloat16))

@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,13 +119,13 @@ def stop_at(folder: Path, stage: str) -> None:
     model = nn.Linear(300, 300)
     save_checkpoint(folder, model=model, step=1, config={})
     if stage == "half":
-        whole = checkpoint._write
+        whole = checkpoint.write_whole
 
         def half(target: Path, payload: bytes) -> None:
             os.fsync = lambda _: time.sleep(600)
             whole(target, payload[: len(payload) // 2])
 
-        checkpoint._write = half
+        checkpoint.write_whole = half
     else:
         os.replace = lambda *_: time.sleep(600)
     save_checkpoint(folder, model=model, step=2, config={})
@@ -396,9 +397,9 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     first = before_and_after(tmp_path)
-    part = tmp_path / f".step_000000002.safetensors.{os.getpid()}.part"
+    part = tmp_path / f".step_000000002.safetensors.{threading.get_native_id()}.part"
     part.symlink_to("/dev/full")  # every write there fails as on a full disk
-    with pytest.raises(OSError, match=r"No space left.*earlier checkpoints remain.*step_000000002") as caught:
+    with pytest.raises(OSError, match=r"No space left.*what was there before is untouched.*step_000000002") as caught:
         save_checkpoint(tmp_path, model=nn.Linear(4, 4), step=2, config={})
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == [first] and load_checkpoint(tmp_path, model=nn.Linear(4, 4))["step"] == 1
@@ -421,7 +422,7 @@ print(load_checkpoint({str(tmp_path)!r}, model=torch.nn.Linear(9, 9))["step"])
     told, step = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    assert "File too large; not written, earlier checkpoints remain" in told and step == "1"
+    assert "File too large; not written, what was there before is untouched" in told and step == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000001.safetensors"]
 
 
@@ -435,7 +436,7 @@ def test_a_folder_without_permission() -> None:
         try:
             if root:
                 os.seteuid(65534)
-            with pytest.raises(PermissionError, match="earlier checkpoints remain"):
+            with pytest.raises(PermissionError, match="what was there before is untouched"):
                 save_checkpoint(folder, model=nn.Linear(4, 4), step=2, config={})
             assert load_checkpoint(folder, model=nn.Linear(4, 4))["step"] == 1
         finally:

@@ -1,6 +1,10 @@
 """core: presets, folders, seeds and the four streams."""
 
+import errno
+import os
 import random
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +101,145 @@ def test_noise_takes_shape_and_dtype(dtype):
     noise = core.randn_like(torch.empty(50_000, 2, dtype=dtype), torch.Generator().manual_seed(0))
     assert noise.dtype == dtype and noise.shape == (50_000, 2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+# Whole files or none
+
+
+def test_a_file_is_written_replaced_and_alone(tmp_path):
+    target = tmp_path / "new" / "deeper" / "a.bin"
+    assert core.write_whole(target, b"old\r\n") == target
+    assert core.write_whole(str(target), b"new\x00\r\n") == target
+    assert target.read_bytes() == b"new\x00\r\n"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_text_is_utf8_with_the_newlines_it_has(tmp_path):
+    assert core.write_whole(tmp_path / "a.txt", "ᾱ\n1\r\n").read_bytes() == b"\xe1\xbe\xb1\n1\r\n"
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    assert core.write_whole(tmp_path / "whole", b"").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+class Stopped(BaseException):
+    """Not even an Exception."""
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, Stopped, MemoryError])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, call, stop):
+    target = core.write_whole(tmp_path / "a.bin", b"old")
+
+    def interrupt(*_):
+        part = next(path for path in tmp_path.iterdir() if path != target)
+        assert part.read_bytes() == b"new" and target.read_bytes() == b"old"
+        raise stop
+
+    monkeypatch.setattr(os, call, interrupt)
+    with pytest.raises(stop):
+        core.write_whole(target, b"new")
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_told_with_the_name_of_the_target(tmp_path, monkeypatch, call):
+    target = core.write_whole(tmp_path / "a.bin", b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(
+        OSError, match="No space left on device; not written, what was there before is untouched"
+    ) as caught:
+        core.write_whole(target, b"new")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(target)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_without_a_number_keeps_its_words(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("the drive is gone")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"the drive is gone; not written, .* untouched: .*a\.bin"):
+        core.write_whole(tmp_path / "a.bin", b"new")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_really_full(tmp_path):
+    target = core.write_whole(tmp_path / "a.bin", b"old")
+    (tmp_path / f".a.bin.{threading.get_native_id()}.part").symlink_to("/dev/full")  # every write there fails
+    with pytest.raises(OSError, match=r"No space left.*untouched.*a\.bin"):
+        core.write_whole(target, b"new")
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+@pytest.mark.parametrize("name", ["a.bin", "new/a.bin"])
+def test_a_folder_without_permission(name):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        core.write_whole(folder / "a.bin", b"old")
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.seteuid(65534)
+            with pytest.raises(PermissionError, match="untouched") as caught:
+                core.write_whole(folder / name, b"new")
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+        assert caught.value.filename == str(folder / name)
+        assert (folder / "a.bin").read_bytes() == b"old" and len(list(folder.iterdir())) == 1
+
+
+def test_a_file_where_a_folder_should_be_stays(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(OSError, match="not written") as caught:
+        core.write_whole(tmp_path / "runs" / "a.bin", b"new")
+    assert caught.value.filename == str(tmp_path / "runs" / "a.bin")
+    assert (tmp_path / "runs").read_text() == "a file"
+
+
+def test_a_folder_where_the_file_should_be_stays(tmp_path):
+    (tmp_path / "a.bin" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="not written"):
+        core.write_whole(tmp_path / "a.bin", b"new")
+    assert (tmp_path / "a.bin" / "inside").is_dir() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [None, 3, ["a"]])
+def test_what_is_neither_bytes_nor_text_is_refused(tmp_path, content):
+    target = core.write_whole(tmp_path / "a.bin", b"old")
+    with pytest.raises(TypeError):
+        core.write_whole(target, content)
+    assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_threads_that_write_one_file_never_mix(tmp_path):
+    target = tmp_path / "a.bin"
+    contents = [bytes([65 + i]) * 200_000 for i in range(4)]
+    seen, failed = set(), []
+    barrier = threading.Barrier(len(contents))
+
+    def work(content):
+        barrier.wait()
+        try:
+            for _ in range(10):
+                core.write_whole(target, content)
+                seen.add(target.read_bytes())
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and seen <= set(contents) and list(tmp_path.iterdir()) == [target]

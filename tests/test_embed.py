@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
-from diffusion_book.embed import SinusoidalEmbedding, sinusoidal_frequencies, sinusoidal_table
+from diffusion_book.embed import SinusoidalEmbedding, check_range, sinusoidal_frequencies, sinusoidal_table
 
 
 def reference(T: int, dim: int) -> torch.Tensor:
@@ -104,3 +106,111 @@ def test_bad_frequencies_are_named() -> None:
 def test_bad_T_is_named(T: object) -> None:
     with pytest.raises(ValueError, match="T must be a whole number, at least 1; got"):
         sinusoidal_table(T, 8)  # type: ignore[arg-type]
+
+
+# Casts
+
+
+TIMES = torch.arange(0, 5001)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_cast_rounds_the_answer_and_nothing_else(dtype: torch.dtype, interleaved: bool) -> None:
+    exact = SinusoidalEmbedding(64, interleaved=interleaved)(TIMES)
+    for module in (
+        SinusoidalEmbedding(64, interleaved=interleaved).to(dtype),
+        SinusoidalEmbedding(64, interleaved=interleaved).double().to(dtype),
+        torch.nn.Sequential(SinusoidalEmbedding(64, interleaved=interleaved)).to(dtype)[0],
+    ):
+        answer = module(TIMES)
+        assert answer.dtype == dtype and torch.equal(answer, exact.to(dtype))
+        half_a_step = torch.finfo(dtype).eps / 2  # of a number below 1
+        assert (answer.float() - exact).abs().max() <= half_a_step
+        assert torch.equal(module(TIMES.float()), exact.to(dtype))
+
+
+def test_a_cast_and_back_changes_nothing() -> None:
+    module = SinusoidalEmbedding(32).to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(module(TIMES), SinusoidalEmbedding(32)(TIMES)) and module(TIMES).dtype == torch.float32
+
+
+def test_rounded_frequencies_would_be_seen() -> None:
+    spoiled = SinusoidalEmbedding(32, frequencies=sinusoidal_frequencies(32).to(torch.bfloat16))
+    assert (spoiled(TIMES) - SinusoidalEmbedding(32)(TIMES)).abs().max() > 1
+
+
+def test_in_double_the_sines_are_double() -> None:
+    module = SinusoidalEmbedding(32).double()
+    answer, frequencies = module(TIMES), sinusoidal_frequencies(32).float().double()
+    assert answer.dtype == torch.float64
+    torch.testing.assert_close(answer[:, 0::2], (TIMES[:, None] * frequencies).sin(), rtol=0, atol=1e-14)
+
+
+def test_own_frequencies_survive_a_cast_too() -> None:
+    frequencies = torch.tensor([1.0, 2.7, 300.1])
+    exact = SinusoidalEmbedding(6, frequencies=frequencies)(TIMES / 5000)
+    cast = SinusoidalEmbedding(6, frequencies=frequencies).to(torch.bfloat16)
+    assert torch.equal(cast(TIMES / 5000), exact.to(torch.bfloat16))
+
+
+def test_a_cast_module_can_be_copied_and_pickled() -> None:
+    module = SinusoidalEmbedding(8).to(torch.bfloat16)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(TIMES), module(TIMES)) and other(TIMES).dtype == torch.bfloat16
+    assert not module.state_dict() and dict(module.named_buffers()).keys() == {"frequencies"}
+
+
+def test_the_frequencies_follow_to_a_device() -> None:
+    module = SinusoidalEmbedding(8).to("meta", torch.bfloat16)
+    assert module.frequencies.device.type == "meta" and module.frequencies.dtype == torch.float32
+    answer = module(torch.ones(3, dtype=torch.int64, device="meta"))
+    assert answer.device.type == "meta" and answer.dtype == torch.bfloat16 and answer.shape == (3, 8)
+    assert module.to_empty(device="cpu")(torch.tensor([1])).device.type == "cpu"
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("values", [[1, 40], [7], [[1, 2], [3, 40]], [1.5, 39.9], []])
+def test_values_in_range_pass(values: list) -> None:
+    check_range("t", torch.tensor(values), 1, 40)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([0, 40], "0 to 40"),
+        ([1, 41], "1 to 41"),
+        ([-3], "-3 to -3"),
+        ([[5, 6], [7, 1_234_567]], "5 to 1234567"),
+        ([0.5, 2.0], "0.5 to 2"),
+        ([1.0, math.nan], "nan to nan"),
+    ],
+)
+def test_values_out_of_range_are_told(values: list, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"^t must lie in 1\.\.40; got {told}$"):
+        check_range("t", torch.tensor(values), 1, 40)
+
+
+def test_nobody_looks_where_there_is_nothing_to_see() -> None:
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        check_range("t", t, 1, 40)
+        return t + 1
+
+    far = torch.tensor([99, 100])
+    assert torch.equal(torch.func.vmap(shifted)(far), far + 1)
+    assert torch.equal(torch.func.vmap(torch.func.vmap(shifted))(far[:, None]), far[:, None] + 1)
+    assert torch.equal(torch.compile(shifted, backend="eager", fullgraph=True)(far), far + 1)
+    check_range("t", far.to("meta"), 1, 40)
+    with pytest.raises(ValueError, match="got 99 to 100"):
+        shifted(far)
+
+
+def test_what_is_not_mapped_over_is_still_looked_at() -> None:
+    def add(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        check_range("t", t, 1, 40)
+        return x + t
+
+    with pytest.raises(ValueError, match="got 41 to 41"):
+        torch.func.vmap(add, in_dims=(0, None))(torch.zeros(3), torch.tensor(41))

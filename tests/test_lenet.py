@@ -16,6 +16,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save
 
 import diffusion_book.lenet
+from diffusion_book import files
 from diffusion_book.lenet import LeNet5, lenet_features, load_lenet, shipped
 
 WEIGHTS = ROOT / "diffusion_book" / "weights"
@@ -246,20 +247,25 @@ def test_images_in_zero_one_are_warned_about(recwarn):
 # --- the tool ---------------------------------------------------------------------------------------------------
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
+def write_idx(path: Path, values: np.ndarray) -> str:
     header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+    return hashlib.sha256(header + values.astype(np.uint8).tobytes()).hexdigest()
 
 
-def test_the_tool_reads_idx_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("split", "stem"), [("train", "train"), ("test", "t10k")])
+def test_the_tool_takes_the_bytes_of_mnist(tmp_path, monkeypatch, split, stem):
     monkeypatch.setenv("DIFFUSION_BOOK_DATA", str(tmp_path))
     (tmp_path / "mnist").mkdir()
     images = np.arange(3 * 28 * 28).reshape(3, 28, 28) % 251
-    write_idx(tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz", images)
-    write_idx(tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz", np.array([7, 2, 9]))
-    x, y = train_lenet.digits("t10k")
+    for name, values in (
+        (f"{stem}-images-idx3-ubyte.gz", images),
+        (f"{stem}-labels-idx1-ubyte.gz", np.array([7, 2, 9])),
+    ):
+        monkeypatch.setitem(files._SHA256, name, write_idx(tmp_path / "mnist" / name, values))
+    x, y = train_lenet.digits(split)
     assert x.shape == (3, 1, 28, 28) and x.dtype == torch.uint8 and np.array_equal(x[:, 0], images)
-    assert y.tolist() == [7, 2, 9]
+    assert y.dtype == torch.int64 and y.tolist() == [7, 2, 9]
 
 
 def test_the_tool_shifts_every_image_by_itself():

@@ -172,3 +172,30 @@ def test_width_that_waves_cannot_fill(hidden: int) -> None:
 
 def test_empty_batch() -> None:
     assert TimeMLP(40)(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("embedding", ["sinusoidal", "learned"])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_vmap_over_rows_is_the_batch(embedding: str, classes: int | None) -> None:
+    model = TimeMLP(40, num_classes=classes, embedding=embedding, generator=generator())
+    rows = [torch.randn(5, 2, generator=generator(1)), torch.tensor([1, 2, 20, 39, 40])]
+    rows += [torch.tensor([0, 1, 2, 3, 0])] if classes else []
+    torch.testing.assert_close(torch.func.vmap(model)(*rows), model(*rows))
+    torch.testing.assert_close(torch.func.vmap(model)(*rows[:2]), model(*rows[:2]))
+
+
+def test_gradient_of_every_row() -> None:
+    model = TimeMLP(40, generator=generator())
+    x, t = torch.randn(5, 2, generator=generator(1)), torch.arange(1, 6)
+    slopes = torch.func.vmap(torch.func.jacrev(model))(x, t)
+    each = [torch.autograd.functional.jacobian(lambda row, i=i: model(row, t[i]), x[i]) for i in range(5)]
+    torch.testing.assert_close(slopes, torch.stack(each))
+
+
+@pytest.mark.parametrize("embedding", ["sinusoidal", "learned"])
+def test_a_network_in_bfloat16_knows_late_times(embedding: str) -> None:
+    model = TimeMLP(1000, embedding=embedding, generator=generator())
+    x, t = torch.randn(1, 2, generator=generator(1)).expand(1000, 2), torch.arange(1, 1001)
+    exact, answer = model(x, t), model.to(torch.bfloat16)(x.to(torch.bfloat16), t)
+    assert answer.dtype == torch.bfloat16
+    assert (answer.float() - exact).square().mean().sqrt() < 0.03 * exact.std()

@@ -15,7 +15,7 @@ import pytest
 from chromium import chromium
 from PIL import Image
 
-from diffusion_book.player import few_colors, image_bytes, player_html, still, to_image, write_whole
+from diffusion_book.player import few_colors, image_bytes, player_html, still, to_image
 
 
 def plain(shade: int, size: tuple[int, int] = (40, 20)) -> Image.Image:
@@ -48,29 +48,7 @@ def decode(source: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))).convert("RGBA")
 
 
-# Files and pictures
-
-
-def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
-    path = tmp_path / "a.bin"
-    write_whole(path, b"old")
-    write_whole(str(path), b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
-
-
-def test_write_whole_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "a.bin"
-    write_whole(path, b"old")
-    with pytest.raises(TypeError):
-        write_whole(path, "not bytes")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
-
-
-def test_write_whole_names_a_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist: create it.*a\.bin"):
-        write_whole(tmp_path / "nowhere" / "a.bin", b"")
+# Pictures
 
 
 def test_to_image_takes_a_figure_and_closes_it():

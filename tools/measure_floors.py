@@ -2,7 +2,7 @@
 
     python tools/measure_floors.py
 
-Needs the four IDX files of MNIST in the data folder (DIFFUSION_BOOK_DATA). The moments go to
+Takes MNIST from the data folder (DIFFUSION_BOOK_DATA), or downloads it. The moments go to
 diffusion_book/weights/mnist_test_moments.safetensors, so that a score against the test set needs no data.
 """
 
@@ -16,9 +16,9 @@ import time
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from train_lenet import ROOT, digits, train, write
+from train_lenet import ROOT, digits, train
 
-from diffusion_book.core import environment
+from diffusion_book.core import environment, write_whole
 from diffusion_book.lenet import LeNet5, lenet_features, load_lenet, shipped
 from diffusion_book.metrics import extrapolated_distance, frechet_distance, kernel_distance, moments, score_interval
 
@@ -98,15 +98,15 @@ def write_moments(test: Tensor) -> None:
         "lenet_sha256": shipped("lenet")[1]["sha256"],
     }
     folder = ROOT / "diffusion_book" / "weights"
-    write(folder / "mnist_test_moments.safetensors", content)
-    write(folder / "mnist_test_moments.json", (json.dumps(card, indent=1) + "\n").encode())
+    write_whole(folder / "mnist_test_moments.safetensors", content)
+    write_whole(folder / "mnist_test_moments.json", json.dumps(card, indent=1) + "\n")
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    (train_images, _), (test_images, _) = digits("train"), digits("t10k")
+    (train_images, _), (test_images, _) = digits("train"), digits("test")
     pixels = torch.rand(10_000, 1, 28, 28, generator=seeded(0)) * 2 - 1
     train_set, test, noise = map(lenet_features, (train_images, test_images, pixels))
     write_moments(test)
@@ -127,7 +127,7 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "runs": runs,
     }
-    write(ROOT / "results" / "mnist_floors.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(ROOT / "results" / "mnist_floors.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from diffusion_book.core import write_whole
 from diffusion_book.player import image_bytes
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -24,16 +23,7 @@ def read_notebook(path: Path) -> dict:
 
 def write_notebook(notebook: dict, path: Path) -> None:
     """Write in one move: a reader of `path` sees the old file or the new one, never half of it."""
-    text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
 
 
 def source(cell: dict) -> str:

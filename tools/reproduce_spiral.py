@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from diffusion_book.core import RandomStreams, environment
+from diffusion_book.core import RandomStreams, environment, write_whole
 from diffusion_book.diffusion import GaussianDiffusion
 from diffusion_book.ideal import IdealDenoiser, bayes_loss, losses_by_time
 from diffusion_book.presets import SpiralConfig, spiral_config, spiral_diffusion, spiral_training
@@ -91,11 +90,8 @@ def baselines(config: SpiralConfig, seeds: int) -> dict[str, list[dict[str, floa
 
 
 def write(path: Path, record: dict[str, object]) -> None:
-    """Whole or not at all: a temporary name first, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    """A record as JSON that people can read."""
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def seed_run(config: SpiralConfig, name: str, seed: int) -> dict[str, object]:

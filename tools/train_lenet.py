@@ -2,17 +2,15 @@
 
     python tools/train_lenet.py [--epochs 15] [--seed 0] [--folder diffusion_book/weights]
 
-Needs the four IDX files of MNIST in the data folder (DIFFUSION_BOOK_DATA). Every score of the book is relative to these
+Takes MNIST from the data folder (DIFFUSION_BOOK_DATA), or downloads it. Every score of the book is relative to these
 weights: the tool refuses to replace them unless it is told to (--replace).
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm.auto import tqdm
 
-from diffusion_book.core import RandomStreams, data_dir, environment
+from diffusion_book.core import RandomStreams, environment, write_whole
+from diffusion_book.data import load
 from diffusion_book.lenet import LeNet5
 from diffusion_book.train import train_steps
 
@@ -31,18 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 VALIDATION, BATCH, RATE, SHIFT = 6_000, 128, 2e-3, 2
 
 
-def read_idx(name: str) -> np.ndarray:
-    """One IDX file of unsigned bytes: four bytes of kind and rank, the sizes, the values."""
-    raw = gzip.decompress((data_dir() / "mnist" / f"{name}.gz").read_bytes())
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">u4", rank, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
-
-
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) uint8 and labels (n,) int64 of "train" or "t10k"."""
-    images, labels = read_idx(f"{split}-images-idx3-ubyte"), read_idx(f"{split}-labels-idx1-ubyte")
-    return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
+    """Images (n, 1, 28, 28) uint8 and labels (n,) int64 of MNIST, "train" or "test"."""
+    data = load("mnist", split)
+    return data.images, data.labels
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -95,14 +86,6 @@ def train(epochs: int, seed: int) -> tuple[LeNet5, dict[str, float]]:
     return model, best
 
 
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a temporary name first, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     import safetensors
     from safetensors.torch import save
@@ -130,7 +113,7 @@ def main() -> None:
         "sha256": hashlib.sha256(content).hexdigest(),
         "parameters": sum(p.numel() for p in model.parameters()),
         **best,
-        "test_accuracy": accuracy(model, *digits("t10k")),  # looked at once, after everything was chosen
+        "test_accuracy": accuracy(model, *digits("test")),  # looked at once, after everything was chosen
         "seed": arguments.seed,
         "config": config,
         "environment": {
@@ -141,8 +124,8 @@ def main() -> None:
         },
         "seconds": round(seconds, 1),
     }
-    write(target, content)
-    write(target.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    write_whole(target, content)
+    write_whole(target.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 
 

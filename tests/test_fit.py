@@ -1,0 +1,260 @@
+"""Long trainings: comparable losses, exact positions in the data, exact resuming, and a stop before harm is done."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from diffusion_book.checkpoint import CheckpointError, latest
+from diffusion_book.core import RandomStreams
+from diffusion_book.data import load
+from diffusion_book.diffusion import GaussianDiffusion
+from diffusion_book.fit import epoch_batches, fit, validation_loss
+from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule
+
+DIFFUSION = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(50)), "noise")
+DIGITS = load("digits").take(slice(0, 100))
+
+
+class Little(torch.nn.Module):
+    """One convolution that is told the time; dropout uses the hidden generator, so it must not be needed here."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.1 * torch.randn(1, 1, 3, 3, generator=generator))
+        self.on_time = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t):
+        return torch.nn.functional.conv2d(x, self.weight, padding=1) + self.on_time * t[:, None, None, None] / 50
+
+
+def parts(seed=0, learning_rate=1e-2, steps=40):
+    streams = RandomStreams(seed)
+    model = Little(streams.initialisation)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    return model, optimizer, streams, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
+
+
+def run(model, optimizer, streams, scheduler, epochs=4, **options):
+    def loss(net, batch):
+        return DIFFUSION.loss(net, batch[0], generator=streams.noise)
+
+    options = {"batch_size": 10, "scheduler": scheduler, "progress": False} | options
+    return fit(model, loss, DIGITS, optimizer, streams, epochs=epochs, **options)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# The loss that can be compared
+
+
+def test_validation_loss_is_the_mean_over_equal_parts_of_time():
+    x = torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def model(xt, t):
+        seen.append(t)
+        return torch.zeros_like(xt)
+
+    four = validation_loss(DIFFUSION, model, x, bins=4, batch_size=7)
+    times = torch.cat(seen)
+    assert times.tolist() == [-(-(2 * i + 1) * 50 // 80) for i in range(40)]  # ceil((i + 1/2) / 40 * 50)
+    one = validation_loss(DIFFUSION, model, x, bins=1)
+    assert four.mean() == pytest.approx(one.item(), rel=1e-12)
+    assert one.item() == pytest.approx(1, abs=4 * (2 / x.numel()) ** 0.5)  # the mean square of the noise
+
+
+def test_validation_loss_of_a_perfect_answer_is_zero():
+    x = torch.zeros(20, 1, 4, 4)  # x_t is noise alone, so the answer can be computed from it
+    perfect = validation_loss(DIFFUSION, lambda xt, t: xt / DIFFUSION.schedule.noise_rate(t)[:, None, None, None].float(), x)
+    assert perfect.max() < 1e-10
+
+
+def test_validation_loss_depends_on_its_seed_and_on_no_other_state():
+    x = torch.randn(20, 1, 4, 4)
+    model = Little(torch.Generator().manual_seed(0))
+    first = validation_loss(DIFFUSION, model, x)
+    state = torch.get_rng_state()
+    assert torch.equal(first, validation_loss(DIFFUSION, model, x, batch_size=20))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, validation_loss(DIFFUSION, model, x, seed=1))
+
+
+def test_validation_loss_on_a_continuous_schedule():
+    diffusion = GaussianDiffusion(OffsetCosineSchedule(), "v")
+    found = validation_loss(diffusion, lambda xt, t: torch.zeros_like(xt), torch.zeros(1000, 1, 4, 4), bins=5)
+    t = (torch.arange(5, dtype=torch.float64) + 0.5) / 5
+    expected = diffusion.schedule.signal_rate(t) ** 2  # v = signal * noise for images of zeros
+    assert torch.allclose(found, expected, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize("bins", [0, 21])
+def test_bins_out_of_range_are_refused(bins):
+    with pytest.raises(ValueError, match=rf"bins must lie in 1..20 \(the rows of x\); got {bins}"):
+        validation_loss(DIFFUSION, lambda x, t: x, torch.zeros(20, 1, 2, 2), bins=bins)
+
+
+# The place in the data
+
+
+@pytest.mark.parametrize("start", [0, 1, 9, 10, 11, 25, 29, 30])
+def test_batches_go_on_from_any_step(start):
+    whole = [x for x, _ in epoch_batches(DIGITS, 10, seed=1, epochs=3)]
+    late = [x for x, _ in epoch_batches(DIGITS, 10, seed=1, epochs=3, start=start)]
+    assert len(late) == 30 - start and all(torch.equal(a, b) for a, b in zip(late, whole[start:], strict=True))
+
+
+def test_each_epoch_sees_every_image_once_in_an_order_of_its_own():
+    images = DIGITS.take(slice(0, 20))
+    x = torch.cat([x for x, _ in epoch_batches(images, 5, seed=0, epochs=2)]).flatten(1)
+    first, second = x[:20], x[20:]
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.sort(first.sum(1))[0], torch.sort(second.sum(1))[0])
+
+
+# Going on
+
+
+@pytest.mark.parametrize("cut", [1, 3, 10, 14, 20, 39])
+def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, cut):
+    undisturbed = parts()
+    rows = run(*undisturbed)
+
+    class Cut(Exception):
+        pass
+
+    def loss(net, batch):
+        if seen["steps"] == cut:
+            raise Cut
+        seen["steps"] += 1
+        return DIFFUSION.loss(net, batch[0], generator=first[2].noise)
+
+    seen, first = {"steps": 0}, parts()
+    options = {"batch_size": 10, "epochs": 4, "folder": tmp_path, "save_every": 3, "progress": False}
+    with pytest.raises(Cut):
+        fit(first[0], loss, DIGITS, first[1], first[2], scheduler=first[3], **options)
+    second = parts()
+    again = run(*second, folder=tmp_path, save_every=3)
+    assert torch.equal(weights(second[0]), weights(undisturbed[0]))
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert [row["step"] for row in again] == [10, 20, 30, 40]
+
+
+KILLED = """
+    import os, signal, sys, threading
+    sys.path.insert(0, {tests!r})
+    import test_fit
+    delay = float(sys.argv[2])
+    if delay:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    model, *rest = test_fit.parts(steps=400)
+    test_fit.run(model, *rest, epochs=40, folder=sys.argv[1], save_every=7)
+    print(test_fit.weights(model).numpy().tobytes().hex())
+"""
+
+
+def test_a_process_that_was_killed_several_times_ends_bit_equal(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED.format(tests=str(__import__("pathlib").Path(__file__).parent))))
+
+    def call(folder, delay):
+        command = [sys.executable, str(script), str(tmp_path / folder), str(delay)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    whole = call("whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    killed = 0
+    for delay in (0.3, 0.5, 0.4, 0.6, 0.2):
+        killed += call("cut", delay).returncode == -9
+    end = call("cut", 0)
+    assert killed >= 1 and end.returncode == 0, end.stderr
+    assert end.stdout == whole.stdout != ""
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    first, second = parts(), parts()
+    rows = run(*first, folder=tmp_path)
+    stamp = latest(tmp_path).stat().st_mtime_ns
+    assert run(*second, folder=tmp_path) == rows
+    assert torch.equal(weights(first[0]), weights(second[0])) and latest(tmp_path).stat().st_mtime_ns == stamp
+
+
+def test_another_configuration_is_refused(tmp_path):
+    run(*parts(), folder=tmp_path, config={"learning_rate": 1e-2})
+    with pytest.raises(CheckpointError, match="config/learning_rate: given 0.02, stored 0.01"):
+        run(*parts(), folder=tmp_path, config={"learning_rate": 2e-2})
+
+
+def test_time_spent_goes_on_and_leaves_validation_out(tmp_path):
+    def slow():
+        torch.randn(2_000_000).sort()
+        return {"score": 1.5}
+
+    rows = run(*parts(), folder=tmp_path, validate=slow)
+    assert all(row["score"] == 1.5 for row in rows)
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and seconds[-1] > 0 and all(row["cpu_seconds"] > 0 for row in rows)
+
+
+def test_validation_does_not_change_the_training():
+    plain, watched = parts(), parts()
+    run(*plain)
+    x = DIGITS.normalise(DIGITS.images)
+    run(*watched, validate=lambda: {"loss_by_time": validation_loss(DIFFUSION, watched[0], x).tolist()})
+    assert torch.equal(weights(plain[0]), weights(watched[0]))
+
+
+# Stopping
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_path):
+    model, optimizer, streams, scheduler = parts()
+    run(model, optimizer, streams, scheduler, epochs=2, folder=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = parts()
+    count = {"steps": 0}
+
+    def loss(net, batch):
+        count["steps"] += 1
+        value = DIFFUSION.loss(net, batch[0], generator=broken[2].noise)
+        return value * float("nan") if count["steps"] > 3 else value
+
+    with pytest.raises(FloatingPointError, match="epoch 3 is nan: the checkpoints in .* are from before"):
+        fit(broken[0], loss, DIGITS, broken[1], broken[2], batch_size=10, epochs=4, scheduler=broken[3], folder=tmp_path, save_every=5, progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_a_folder_nothing_is_written_and_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*parts())
+    with pytest.raises(FloatingPointError, match="nothing was saved"):
+        run(*parts(learning_rate=1e30))
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_images_per_batch_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="batch_size must lie in 1..100"):
+        run(*parts(), batch_size=101)
+
+
+def test_max_norm_is_passed_on():
+    free, held = parts(), parts()
+    run(*free, epochs=1)
+    held_optimizer = torch.optim.SGD(held[0].parameters(), 1.0)
+    before = weights(held[0])
+    run(held[0], held_optimizer, held[2], None, epochs=1, max_norm=1e-4)
+    assert (weights(held[0]) - before).norm() <= 10 * 1e-4 * (1 + 1e-5)
+
+
+def test_the_model_is_trained_in_place():
+    model, *rest = parts()
+    before = copy.deepcopy(model)
+    run(model, *rest, epochs=1)
+    assert not torch.equal(weights(model), weights(before))
