@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LeNet5', 'shipped', 'load_lenet', 'lenet_features']
+__all__ = ['LeNet5', 'shipped', 'load_lenet', 'checked_images', 'unit_pixels', 'lenet_features']
 
 # %% ../nbs/24_lenet.ipynb #80c44bff
 class LeNet5(nn.Module):
@@ -103,25 +103,43 @@ def load_lenet() -> LeNet5:
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
+# %% ../nbs/24_lenet.ipynb #5d1a27c4
+def checked_images(
+    images: Any,  # (n, C, H, W): float in [-1, 1], or uint8; or an `Images`
+    name: str = "images",  # of the argument, for the errors
+    shape: tuple[int, ...] | None = None,  # (C, H, W) that is wanted; any if not given
+) -> Tensor:  # the same pixels
+    """The pixels of a set of images, after a look at them.
+
+    TypeError for another dtype, ValueError for another shape and for NaN or infinity; a warning where floats seem to be in [0, 1] already.
+    """
+    x = torch.as_tensor(getattr(images, "images", images)).detach()
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise TypeError(f"{name} must be floats in [-1, 1] or uint8; got {x.dtype}")
+    if x.ndim != 4 or not x.numel() or x.shape[1:] != (shape or x.shape[1:]):
+        wanted = ", ".join(map(str, shape or "CHW"))
+        raise ValueError(f"{name} must have shape (n, {wanted}), n >= 1; got {tuple(x.shape)}")
+    if not (finite := x.isfinite().flatten(1).all(1)).all():
+        raise ValueError(f"{name} hold NaN or infinity, first in image {int(finite.int().argmin())}")
+    if x.dtype != torch.uint8 and x.min() >= 0:
+        text = f"no pixel is below 0: are the {name} in [0, 1]? wanted is [-1, 1], or uint8"
+        warnings.warn(text, stacklevel=3)
+    return x
+
+
+def unit_pixels(
+    x: Tensor,  # float in [-1, 1] (clipped), or uint8
+) -> Tensor:  # float32 in [0, 1] on the CPU
+    """The one rule by which images become what is compared: the same for every image, none rescaled by itself."""
+    x = x.cpu()
+    return x.float() / 255 if x.dtype == torch.uint8 else (x.float().clamp(-1, 1) + 1) / 2
+
 # %% ../nbs/24_lenet.ipynb #65766b9d
-@torch.no_grad()
 def lenet_features(
     images: Any,  # (n, 1, 28, 28): float in [-1, 1] (clipped), or uint8
     batch_size: int = 500,
 ) -> Tensor:  # (n, 84) float32 on the CPU
-    """What the frozen LeNet sees in the images, each brought to [0, 1] by the same rule, none rescaled by itself.
-
-    TypeError for another dtype, ValueError for another shape and for NaN or infinity; a warning where floats seem to be in [0, 1] already.
-    """
-    x = torch.as_tensor(getattr(images, "images", images))
-    model, byte = load_lenet(), x.dtype == torch.uint8
-    if not byte and not x.is_floating_point():
-        raise TypeError(f"images must be floats in [-1, 1] or uint8; got {x.dtype}")
-    if x.ndim != 4 or not len(x) or x.shape[1:] != model.input_shape:
-        raise ValueError(f"images must have shape (n, 1, 28, 28), n >= 1; got {tuple(x.shape)}")
-    if not (finite := x.isfinite().flatten(1).all(1)).all():
-        raise ValueError(f"images hold NaN or infinity, first in image {int(finite.int().argmin())}")
-    if not byte and x.min() >= 0:
-        warnings.warn("no pixel is below 0: are the images in [0, 1]? wanted is [-1, 1], or uint8", stacklevel=3)
-    parts = (p.cpu().float() / 255 if byte else (p.cpu().float().clamp(-1, 1) + 1) / 2 for p in x.split(batch_size))
-    return torch.cat([model.features(part) for part in parts])
+    """What the frozen LeNet sees in the images, brought to [0, 1] by `unit_pixels`. Errors as for `checked_images`."""
+    model = load_lenet()
+    x = checked_images(images, shape=model.input_shape)
+    return torch.cat([model.features(unit_pixels(part)) for part in x.split(batch_size)])

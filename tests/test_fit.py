@@ -73,7 +73,9 @@ def test_validation_loss_is_the_mean_over_equal_parts_of_time():
 
 def test_validation_loss_of_a_perfect_answer_is_zero():
     x = torch.zeros(20, 1, 4, 4)  # x_t is noise alone, so the answer can be computed from it
-    perfect = validation_loss(DIFFUSION, lambda xt, t: xt / DIFFUSION.schedule.noise_rate(t)[:, None, None, None].float(), x)
+    perfect = validation_loss(
+        DIFFUSION, lambda xt, t: xt / DIFFUSION.schedule.noise_rate(t)[:, None, None, None].float(), x
+    )
     assert perfect.max() < 1e-10
 
 
@@ -227,7 +229,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_pa
         return value * float("nan") if count["steps"] > 3 else value
 
     with pytest.raises(FloatingPointError, match="epoch 3 is nan: the checkpoints in .* are from before"):
-        fit(broken[0], loss, DIGITS, broken[1], broken[2], batch_size=10, epochs=4, scheduler=broken[3], folder=tmp_path, save_every=5, progress=False)
+        fit(
+            broken[0],
+            loss,
+            DIGITS,
+            broken[1],
+            broken[2],
+            batch_size=10,
+            epochs=4,
+            scheduler=broken[3],
+            folder=tmp_path,
+            save_every=5,
+            progress=False,
+        )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -69,7 +69,17 @@ def test_a_sampler_does_not_notice():
     diffusion = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(20)), "v")
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     ends = [
-        sample(ddpm(diffusion, in_precision(small_unet(), p), x, steps=4, clip=(-1, 1), generator=torch.Generator().manual_seed(2)), False)
+        sample(
+            ddpm(
+                diffusion,
+                in_precision(small_unet(), p),
+                x,
+                steps=4,
+                clip=(-1, 1),
+                generator=torch.Generator().manual_seed(2),
+            ),
+            False,
+        )
         for p in ("float32", "bf16")
     ]
     assert ends[0].dtype == ends[1].dtype == torch.float32
