@@ -13,7 +13,10 @@ import yaml
 from conftest import ROOT
 from structure_rules import code_of, is_assertion
 
-SOLUTIONS = {"A5_1_solutions": "Part I:"}  # a notebook of solutions, and how the title of its part begins
+SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the titles of parts, or chapters
+    "A5_1_solutions": ("Part I:",),
+    "A5_2_solutions": ("Part II:", "47_files", "48_folders", "52_checkpoint"),
+}
 
 Cell = Mapping[str, object]
 
@@ -56,11 +59,11 @@ def solutions(cells: Iterable[Cell]) -> dict[tuple[str, str], list[Cell]]:
     return found
 
 
-def number(cell: Cell) -> int:
-    """The number in a solution's first comment, `# 3. what is asked`; 0 without one."""
+def numbers(cell: Cell) -> list[int]:
+    """The numbers in a solution's first comment, `# 3. what is asked` or `# 3, 4. what is asked`; [0] without one."""
     lines = [line for line in source(cell).splitlines() if not line.startswith("#|")]
-    numbered = re.match(r"# (\d+)\. \S", lines[0]) if lines else None
-    return int(numbered[1]) if numbered else 0
+    numbered = re.match(r"# (\d+(?:, \d+)*)\. \S", lines[0]) if lines else None
+    return [int(number) for number in numbered[1].split(", ")] if numbered else [0]
 
 
 def complaints(chapters: Mapping[str, list[Cell]], solved: list[Cell]) -> list[str]:
@@ -72,27 +75,32 @@ def complaints(chapters: Mapping[str, list[Cell]], solved: list[Cell]) -> list[s
         if asked != list(range(1, len(asked) + 1)):
             wrong.append(f"{name}: exercises are numbered {asked}")
         heading, answers = given.pop(name, (title(cells), []))
-        numbers = [number(answer) for answer in answers]
-        if numbers != asked:
-            wrong.append(f"{name}: exercises {asked}, solutions {numbers}")
+        solved_here = [number for answer in answers for number in numbers(answer)]
+        if solved_here != asked:
+            wrong.append(f"{name}: exercises {asked}, solutions {solved_here}")
         if heading != title(cells):
             wrong.append(f"{name}: the solutions call it {heading!r}, its title is {title(cells)!r}")
         for answer in answers:
             if not any(is_assertion(node) for node in ast.walk(ast.parse(code_of(answer)))):
-                wrong.append(f"{name}: solution {number(answer)} asserts nothing")
+                wrong.append(f"{name}: solution {', '.join(map(str, numbers(answer)))} asserts nothing")
     return wrong + [f"{name}: has solutions, but is no chapter of this part" for name in given]
 
 
-def part(beginning: str) -> dict[str, list[Cell]]:
-    """The chapters of the part whose title begins so, in reading order."""
+def solved_chapters(names: Iterable[str]) -> dict[str, list[Cell]]:
+    """The chapters of the parts whose titles begin so, and the chapters of these names, in reading order."""
     entries = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
-    paths = next(e["chapters"] for e in entries if isinstance(e, dict) and e["part"].startswith(beginning))
-    return {Path(path).stem: cells_of(ROOT / path) for path in paths}
+    parts = {e["part"]: [ROOT / path for path in e["chapters"]] for e in entries if isinstance(e, dict)}
+    every = {path.stem: path for paths in parts.values() for path in paths}
+    found: dict[str, list[Cell]] = {}
+    for name in names:
+        paths = [every[name]] if name in every else next(p for title, p in parts.items() if title.startswith(name))
+        found |= {path.stem: cells_of(path) for path in paths}
+    return found
 
 
-@pytest.mark.parametrize(("notebook", "beginning"), SOLUTIONS.items())
-def test_every_exercise_is_solved(notebook: str, beginning: str) -> None:
-    chapters = part(beginning)
+@pytest.mark.parametrize(("notebook", "names"), SOLUTIONS.items())
+def test_every_exercise_is_solved(notebook: str, names: tuple[str, ...]) -> None:
+    chapters = solved_chapters(names)
     assert sum(len(exercises(cells)) for cells in chapters.values()) > 0
     wrong = complaints(chapters, cells_of(ROOT / "nbs" / f"{notebook}.ipynb"))
     assert not wrong, "\n".join(wrong)
@@ -134,9 +142,16 @@ def test_matching_notebooks_are_silent() -> None:
     assert complaints({"01_one": CHAPTER, "02_none": [markdown("# Without exercises")]}, solved) == []
 
 
+def test_one_cell_may_solve_two_exercises() -> None:
+    both = code("#| code-fold: true\n# 1, 2. show, then try\nassert f(1) == 2")
+    assert numbers(both) == [1, 2] and complaints({"01_one": CHAPTER}, [HEAD, both]) == []
+
+
 @pytest.mark.parametrize(
     ("solved", "message"),
     [
+        ([HEAD, code("#| code-fold: true\n# 2, 1. both\nassert f(1) == 2")], r"solutions \[2, 1\]"),
+        ([HEAD, code("#| code-fold: true\n# 1, 2. both\nprint(f(1))")], "solution 1, 2 asserts nothing"),
         ([HEAD, FIRST], r"exercises \[1, 2\], solutions \[1\]"),
         ([HEAD, SECOND, FIRST], r"solutions \[2, 1\]"),
         ([HEAD, FIRST, FIRST, SECOND], r"solutions \[1, 1, 2\]"),
