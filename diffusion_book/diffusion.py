@@ -16,10 +16,11 @@ from .core import randn_like
 from .schedule import Schedule
 
 # %% auto #0
-__all__ = ['Loss', 'Step', 'ForwardProcess', 'GaussianDiffusion']
+__all__ = ['Loss', 'Clip', 'Step', 'ForwardProcess', 'GaussianDiffusion', 'with_gain']
 
 # %% ../nbs/04_diffusion.ipynb #aef823cc
 Loss = str | Callable[[Tensor, Tensor], Tensor]
+Clip = tuple[float, float] | Callable[[Tensor], Tensor]
 _PREDICTIONS = ("noise", "x0", "v")
 
 
@@ -116,7 +117,7 @@ class GaussianDiffusion(ForwardProcess):
         out: Tensor,  # (n, ...) what the network returned
         xt: Tensor,  # (n, ...) what it was given
         t: Tensor | float,  # (n,) or one time
-        clip: tuple[float, float] | None = None,  # bounds for x0; the noise is then recomputed from it
+        clip: Clip | None = None,  # bounds for x0, or what to make of x0; the noise is then recomputed from it
     ) -> tuple[Tensor, Tensor]:  # x0 and noise, (n, ...) each, with xt = signal·x0 + noise_rate·noise
         """Turn the network's output into both estimates. Raises ValueError where the output does not determine x0."""
         times = self.schedule.check_times(t)
@@ -129,7 +130,7 @@ class GaussianDiffusion(ForwardProcess):
         else:  # v = signal·noise - noise_rate·x0 (Salimans and Ho 2022, appendix D)
             x0, noise = signal * xt - sigma * out, sigma * xt + signal * out
         if clip is not None:
-            x0 = x0.clamp(*clip)
+            x0 = clip(x0) if callable(clip) else x0.clamp(*clip)
             noise = (xt - signal * x0) / sigma
         return x0, noise
 
@@ -182,3 +183,14 @@ class GaussianDiffusion(ForwardProcess):
         if self.prediction == "v":
             return _expand(self.schedule.signal_rate(t), x0) * noise - _expand(self.schedule.noise_rate(t), x0) * x0
         return noise if self.prediction == "noise" else x0
+
+# %% ../nbs/04_diffusion.ipynb #119ce1e1
+def with_gain(
+    gain: float,  # the distance from `low` is multiplied by this; 1 only clips
+    low: float = -1.0,  # black
+    high: float = 1.0,  # white
+) -> Callable[[Tensor], Tensor]:  # for `clip`
+    """Estimates of x0 stretched away from black, then cut at both ends. ValueError unless gain > 0 and low < high."""
+    if not (gain > 0 and low < high):
+        raise ValueError(f"need gain > 0 and low < high; got gain={gain!r}, low={low!r}, high={high!r}")
+    return lambda x0: (low + gain * (x0 - low)).clamp(low, high)

@@ -33,6 +33,7 @@ class DigitsConfig:
     timesteps: int = 100  # T
     power: float = 1.0  # of time in the cosine schedule
     prediction: str = "noise"
+    zero_final: bool = False  # the last convolution starts at zero
     batch_size: int = 32
     epochs: int = 15
     learning_rate: float = 1e-3  # the constant rate, or the peak of a one-cycle schedule
@@ -42,6 +43,7 @@ class DigitsConfig:
     steps: int = 100  # moves of the sampler
     variance: str = "posterior"
     clip: tuple[float, float] | None = (-1.0, 1.0)
+    gain: float | None = None  # on the estimates of x0, see `with_gain`
     samples: int = 10_000  # drawn to judge the network
 
 # %% ../nbs/A2_1_digits.ipynb #6e401119
@@ -52,14 +54,16 @@ RECIPES = {
     "published-narrow": replace(_PUBLISHED, multipliers=(1, 2, 3)),
     "ours": DigitsConfig(
         timesteps=1000,
-        power=1.5,
+        power=0.7,
         prediction="v",
+        zero_final=True,
         batch_size=128,
         epochs=30,
         learning_rate=3e-3,
         one_cycle=True,
         max_norm=1.0,
         steps=20,
+        gain=1.02,
     ),
 }
 _SIZES: dict[str, dict[str, Any]] = {
@@ -90,7 +94,10 @@ def digits_config(
 # %% ../nbs/A2_1_digits.ipynb #dd25c04a
 def digits_data(config: DigitsConfig) -> tuple[Images, Images]:
     """Training and validation images of 28 by 28 pixels, nine parts to one: the same for every seed."""
-    images = load(config.data, size=28)
+    images = load(config.data)
+    if config.data == "digits":  # 8 by 8: laid out as MNIST is, 20 pixels in the middle of 28
+        images = load(config.data, size=20)
+        images = replace(images, images=torch.nn.functional.pad(images.images, (4, 4, 4, 4)))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(derive_seed(0, "validation split")))
     held_out = len(images) // 10
     return images.take(order[held_out:]), images.take(order[:held_out])
@@ -102,7 +109,9 @@ def digits_card(config: DigitsConfig, seed: int) -> dict[str, Any]:
     network |= {"channel_multipliers": list(config.multipliers), "middle_attention": config.attention}
     schedule = {"schedule": "cosine", "T": config.timesteps, "power": config.power}
     clip = None if config.clip is None else list(config.clip)
-    sampler = {"name": "ddpm", "steps": config.steps, "variance": config.variance, "clip": clip}
+    sampler: dict[str, Any] = {"name": "ddpm", "steps": config.steps, "variance": config.variance, "clip": clip}
+    if config.gain is not None:
+        sampler["gain"] = config.gain
     return {
         "name": f"{config.data}-unet",
         "diffusion": schedule | {"prediction": config.prediction},
@@ -130,8 +139,10 @@ def digits_training(
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
     train, held_out = digits_data(config)
     trained = Pretrained.fresh(digits_card(config, streams.seed), streams.initialisation)
+    if config.zero_final:
+        torch.nn.init.zeros_(trained.model.get_parameter("final.weight"))
     diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
-    optimizer, scheduler = _optimizer(trained.model, config, config.epochs * (len(train) // config.batch_size))
+    optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
 
     def validate() -> dict[str, Any]:
         parts = validation_loss(diffusion, denoiser, held_out.normalise(held_out.images))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .core import randn_like
-from .diffusion import GaussianDiffusion, Step
+from .diffusion import Clip, GaussianDiffusion, Step
 
 Denoiser = Callable[..., Tensor]
 
@@ -69,7 +69,7 @@ def ddpm(
     y: Tensor | None = None,  # (n,) labels
     steps: int | None = None,  # moves; T on a discrete schedule if not given, fewer respace it
     variance: str = "posterior",  # of each move: "posterior" (β̃, the smaller) or "forward" (β, the larger)
-    clip: tuple[float, float] | None = None,  # bounds for the estimate of x0
+    clip: Clip | None = None,  # bounds for the estimate of x0, or what to make of it
     generator: torch.Generator | None = None,  # for the noise of the moves
 ) -> StepIterator:
     """Ancestral sampling: estimate x0, draw x_s from q(x_s | x_t, x0), repeat (Ho et al. 2020, algorithm 2).
@@ -92,7 +92,7 @@ def _ddpm_moves(
     y: Tensor | None,
     grid: Tensor,
     variance: str,
-    clip: tuple[float, float] | None,
+    clip: Clip | None,
     generator: torch.Generator | None,
 ) -> Iterator[Step]:
     for t, s in zip(grid[:-1], grid[1:], strict=True):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import derive_seed, write_whole
-from .diffusion import GaussianDiffusion
+from .diffusion import GaussianDiffusion, with_gain
 from .lenet import lenet_features, shipped
 from .metrics import noise_share, score_interval
 from .mlp import TimeMLP
@@ -90,6 +90,9 @@ class Pretrained:
     ) -> StepIterator:
         """The card's sampler, about to begin. ValueError for a sampler or precision that does not exist."""
         options = self.card["sampler"] | changes
+        gain = options.pop("gain", None)
+        if gain is not None:
+            options["clip"] = with_gain(gain, *options.get("clip") or (-1.0, 1.0))
         kind, precision = _choose("sampler", options.pop("name"), _SAMPLERS), options.pop("precision", "float32")
         return kind(self.diffusion, in_precision(self.model, precision), x, generator=generator, **options)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion_book.diffusion import ForwardProcess, GaussianDiffusion, Step
+from diffusion_book.diffusion import ForwardProcess, GaussianDiffusion, Step, with_gain
 from diffusion_book.schedule import (
     DiscreteSchedule,
     OffsetCosineSchedule,
@@ -261,3 +261,32 @@ def test_x0_and_v_are_fine_without_signal(prediction, generator):
 def test_step_unpacks():
     t, x, x0 = Step(3, X, X + 1)
     assert t == 3 and x is X and x0[0, 0] == 1
+
+
+# What is made of an estimate
+
+
+@pytest.mark.parametrize("prediction", ["noise", "x0", "v"])
+def test_a_function_as_clip_keeps_the_pair_consistent(prediction):
+    diffusion = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(50)), prediction)
+    generator = torch.Generator().manual_seed(0)
+    xt, out = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64)
+    t = torch.arange(1, 50, 7)
+    x0, noise = diffusion.predict(out, xt, t, clip=lambda estimate: estimate.tanh())
+    plain, _ = diffusion.predict(out, xt, t)
+    assert torch.equal(x0, plain.tanh())
+    assert torch.allclose(diffusion.q_sample(x0, t, noise), xt, atol=1e-12)
+
+
+def test_a_gain_moves_white_and_leaves_black():
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    expected = [-1, -1, -1, -0.25, 0.5, 1, 1, 1, 1]
+    assert with_gain(1.5)(x0).tolist() == expected
+    assert with_gain(2.0, low=0.0, high=3.0)(x0).tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 3]
+    assert torch.equal(with_gain(1.0)(x0), x0.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("bad", [{"gain": 0.0}, {"gain": -1.0}, {"gain": float("nan")}, {"gain": 1.0, "low": 1.0}])
+def test_gains_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="need gain > 0 and low < high"):
+        with_gain(**bad)

@@ -190,7 +190,7 @@ def test_a_finished_run_trains_no_further(tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     run(*parts(), folder=tmp_path, config={"learning_rate": 1e-2})
-    with pytest.raises(CheckpointError, match="config/learning_rate: given 0.02, stored 0.01"):
+    with pytest.raises(CheckpointError, match=r"config/learning_rate: given 0\.02, stored 0\.01"):
         run(*parts(), folder=tmp_path, config={"learning_rate": 2e-2})
 
 
@@ -228,7 +228,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_pa
         value = DIFFUSION.loss(net, batch[0], generator=broken[2].noise)
         return value * float("nan") if count["steps"] > 3 else value
 
-    with pytest.raises(FloatingPointError, match="epoch 3 is nan: the checkpoints in .* are from before"):
+    with pytest.raises(FloatingPointError, match=r"epoch 3 is nan: the checkpoints in .* are from before"):
         fit(
             broken[0],
             loss,
@@ -254,7 +254,7 @@ def test_without_a_folder_nothing_is_written_and_the_error_says_so(tmp_path, mon
 
 
 def test_more_images_per_batch_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="batch_size must lie in 1..100"):
+    with pytest.raises(ValueError, match=r"batch_size must lie in 1\.\.100"):
         run(*parts(), batch_size=101)
 
 

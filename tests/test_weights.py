@@ -1,0 +1,185 @@
+"""Trained networks with their cards: built from plain values, saved whole, refused when damaged, drawn alike."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from diffusion_book.core import derive_seed
+from diffusion_book.lenet import lenet_features
+from diffusion_book.metrics import fld, moments, noise_share
+from diffusion_book.sampling import ddpm, sample
+from diffusion_book.weights import (
+    Pretrained,
+    build_diffusion,
+    build_network,
+    evaluate,
+    load_pretrained,
+    save_pretrained,
+)
+
+CARD = {
+    "name": "little",
+    "diffusion": {"schedule": "cosine", "T": 50, "prediction": "v"},
+    "network": {"network": "UNet", "in_channels": 1, "model_channels": 8, "num_timesteps": 50},
+    "sampler": {"name": "ddpm", "steps": 3, "variance": "posterior", "clip": [-1.0, 1.0]},
+    "data": {"name": "digits", "shape": [1, 28, 28], "mean": [0.5], "std": [0.5]},
+}
+
+
+def little(**changes):
+    return Pretrained.fresh(CARD | changes, torch.Generator().manual_seed(0))
+
+
+# Building
+
+
+def test_a_schedule_is_built_with_its_arguments():
+    diffusion = build_diffusion("linear", "noise", T=30, beta_start=1e-3, beta_end=0.01, rescale=False)
+    assert diffusion.schedule.betas[1].item() == pytest.approx(1e-3) and diffusion.prediction == "noise"
+
+
+def test_a_network_is_built_with_its_arguments():
+    model = build_network("TimeMLP", num_timesteps=40, hidden=32)
+    assert sum(p.numel() for p in model.parameters()) == 5_442
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: build_diffusion("os.system", "v"), "schedule must be one of cosine, linear; got 'os.system'"),
+        (lambda: build_network("__import__"), "network must be one of UNet, TimeMLP; got '__import__'"),
+        (lambda: little(sampler={"name": "euler"}).sample(1), "sampler must be one of ddpm; got 'euler'"),
+    ],
+)
+def test_names_that_are_not_on_the_list_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# Drawing
+
+
+def test_sample_is_the_sampler_of_the_card():
+    trained = little()
+    generator = torch.Generator().manual_seed(derive_seed(5, "sample", 0))
+    x = torch.randn(4, 1, 28, 28, generator=generator)
+    by_hand = ddpm(
+        trained.diffusion, trained.model, x, steps=3, variance="posterior", clip=(-1, 1), generator=generator
+    )
+    assert torch.equal(trained.sample(4, 5, progress=False), sample(by_hand, progress=False))
+
+
+def test_changes_reach_the_sampler_and_leave_the_card():
+    trained = little()
+    assert len(trained.sampler(torch.randn(1, 1, 28, 28), steps=7)) == 7
+    assert trained.card["sampler"]["steps"] == 3
+    bf16 = trained.sample(2, progress=False, precision="bf16")
+    assert bf16.dtype == torch.float32 and not torch.equal(bf16, trained.sample(2, progress=False))
+
+
+def test_the_first_samples_do_not_depend_on_how_many_follow():
+    trained = little()
+    few, many = (trained.sample(n, 1, batch_size=2, progress=False) for n in (4, 7))
+    assert torch.equal(few, many[:4]) and len(many) == 7
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"n": 3, "batch_size": 0}])
+def test_nothing_to_draw_is_refused(options):
+    with pytest.raises(ValueError, match="n and batch_size must be at least 1"):
+        little().sample(**options)
+
+
+def test_denormalise_takes_each_channel_by_itself():
+    trained = little(data=CARD["data"] | {"mean": [0.5, 0.25, 0.0], "std": [0.5, 0.25, 1.0]})
+    x = torch.tensor([1.0, -1.0, 0.25]).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    assert trained.denormalise(x)[1, :, 3, 4].tolist() == [1.0, 0.0, 0.25]
+
+
+# Files
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_saved_is_loaded(tmp_path, half):
+    trained = little()
+    loaded = load_pretrained(save_pretrained(tmp_path / "deep" / "er", trained, half=half))
+    assert {k: v for k, v in loaded.card.items() if k != "sha256"} == CARD
+    assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
+    for name, value in trained.model.state_dict().items():
+        kept = value.half().float() if half else value
+        assert (
+            torch.equal(loaded.model.state_dict()[name], kept) and loaded.model.state_dict()[name].dtype == value.dtype
+        )
+    assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == ["weights.json", "weights.safetensors"]
+
+
+def test_half_precision_halves_the_file(tmp_path):
+    sizes = []
+    for half in (False, True):
+        folder = save_pretrained(tmp_path / str(half), little(), half=half)
+        sizes.append((folder / "weights.safetensors").stat().st_size)
+    assert 1.9 < sizes[0] / sizes[1] < 2.05
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_altered_weights_are_refused(tmp_path, place):
+    folder = save_pretrained(tmp_path, little())
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[place] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+    with pytest.raises(RuntimeError, match="damaged or replaced"):
+        load_pretrained(folder)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    folder = save_pretrained(tmp_path, little())
+    card = json.loads((folder / "weights.json").read_text())
+    card["network"]["model_channels"] = 16
+    (folder / "weights.json").write_text(json.dumps(card))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_pretrained(folder)
+
+
+def test_a_folder_without_weights_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights named 'weights' in .*; there are none"):
+        load_pretrained(tmp_path)
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(FileNotFoundError, match=r"no weights named 'mnist-vnet' in the library; there are .*lenet"):
+        load_pretrained("mnist-vnet")
+
+
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch):
+    folder = save_pretrained(tmp_path, little())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(tmp_path, little(), half=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# Judging
+
+
+def test_evaluate_is_the_distance_of_what_sample_draws():
+    trained = little()
+    reference = moments(torch.randn(200, 84, generator=torch.Generator().manual_seed(0)))
+    found = evaluate(trained, 40, seed=3, reference=reference, progress=False, steps=2)
+    features = lenet_features(trained.sample(40, 3, progress=False, steps=2))
+    assert found["fld"] == pytest.approx(fld(features, reference), rel=1e-6)
+    assert found["noise_share"] == pytest.approx(noise_share(found["fld"], reference), rel=1e-9)
+    assert found["low"] < found["value"] < found["high"] and found["value"] < found["fld"]
+    assert (found["n"], found["seed"], found["sampler"]) == (40, 3, CARD["sampler"] | {"steps": 2})
+    json.dumps(found)  # plain values
+
+
+def test_evaluate_twice_is_the_same():
+    runs = [evaluate(little(), 30, seed=1, progress=False, steps=1) for _ in range(2)]
+    assert {k: v for k, v in runs[0].items() if k != "seconds"} == {k: v for k, v in runs[1].items() if k != "seconds"}

@@ -1,0 +1,157 @@
+"""Train and judge the U-Nets on MNIST; write results/mnist_*.json and the weights that are shipped.
+
+    python tools/reproduce_mnist.py published published-plain published-narrow      # one seed each
+    python tools/reproduce_mnist.py ours --seeds 3 --ship                           # mnist-unet is seed 0
+    python tools/reproduce_mnist.py ablation
+
+Each run lies in runs/mnist-NAME-SEED, made by `diffusion-book train mnist`; an interrupted one goes on,
+a finished one is only read. A file in results/ is replaced when all runs it tells of are complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_book.cli import main as command
+from diffusion_book.core import environment, write_whole
+from diffusion_book.digits import RECIPES, digits_config
+from diffusion_book.weights import evaluate, load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+ABLATION_EPOCHS = 5
+ABLATION: dict[str, dict[str, Any]] = {  # what is taken away from our recipe, one thing at a time
+    "ours": {},
+    "noise prediction": {"prediction": "noise"},
+    "constant learning rate 1e-3": {"one_cycle": False, "learning_rate": 1e-3},
+    "Glorot in the last layer": {"zero_final": False},
+    "batches of 32": {"batch_size": 32},
+    "plain cosine": {"power": 1.0},
+    "T = 100": {"timesteps": 100},
+    "float32": {"precision": "float32"},
+    "the published settings": {name: value for name, value in asdict(RECIPES["published"]).items() if name != "steps"},
+}
+SAMPLERS: dict[str, dict[str, Any]] = {  # the same weights, drawn in other ways
+    "as it is": {},
+    "without gain": {"gain": None},
+    "forward variance": {"variance": "forward"},
+    "without clipping": {"gain": None, "clip": None},
+    "10 steps": {"steps": 10},
+    "50 steps": {"steps": 50},
+    "100 steps": {"steps": 100},
+}
+
+
+def trained(name: str, recipe: str, seed: int, changes: dict[str, Any]) -> Path:
+    """The folder of a finished run, trained now where it is missing."""
+    folder = ROOT / "runs" / f"mnist-{name}-{seed}"
+    if not (folder / "weights.json").exists():
+        settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        words = [
+            "train",
+            "mnist",
+            "--recipe",
+            recipe,
+            "--preset",
+            "published",
+            "--seed",
+            str(seed),
+            "--out",
+            str(folder),
+        ]
+        if command([*words, *(["--set", *settings] if settings else [])]):
+            raise SystemExit(f"{folder}: the training failed")
+    return folder
+
+
+def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
+    """The score of a run's samples, taken from its folder where it was measured before."""
+    label = "-".join(f"{key}={value}" for key, value in changes.items())
+    path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json"
+    if not path.exists():
+        found = evaluate(load_pretrained(folder), n, **changes)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def told(folder: Path, score: dict[str, Any]) -> dict[str, Any]:
+    """One line of a result: what was trained, how long, and what its samples scored."""
+    card = json.loads((folder / "weights.json").read_text())
+    last = card["history"][-1]
+    parameters = sum(p.numel() for p in load_pretrained(folder).model.parameters())
+    history = [
+        {key: row[key] for key in ("epoch", "loss", "validation_loss", "cpu_seconds")} for row in card["history"]
+    ]
+    return {
+        "seed": card["seed"],
+        "parameters": parameters,
+        "train_seconds": last["seconds"],
+        "cpu_seconds": last["cpu_seconds"],
+        "environment": card["environment"],
+        "history": history,
+        "validation_by_time": last["validation_by_time"],
+        **score,
+    }
+
+
+def write(name: str, arguments: str, config: Any, runs: Any) -> None:
+    record = {
+        "name": name,
+        "command": f"python tools/reproduce_mnist.py {arguments}",
+        "sampler": "in each run",
+        "config": config,
+        "environment": {**environment(), "preset": "published"},
+        "runs": runs,
+    }
+    write_whole(ROOT / "results" / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def ship(folder: Path, score: dict[str, Any]) -> None:
+    """The weights of a run, in half precision, and its card with the score of exactly these weights."""
+    target = ROOT / "diffusion_book" / "weights"
+    network = load_pretrained(folder)
+    network.card["name"] = "mnist-unet"
+    halved = load_pretrained(save_pretrained(folder / "half", network, half=True))
+    score = evaluate(halved, score["n"])
+    halved.card["metrics"] = score
+    save_pretrained(folder / "half", halved, half=True)
+    for suffix in ("safetensors", "json"):
+        shutil.copy(folder / "half" / f"weights.{suffix}", target / f"mnist-unet.{suffix}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*RECIPES, "ablation", "samplers"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--ship", action="store_true")
+    given = parser.parse_args()
+    for name in given.names:
+        if name == "ablation":
+            base = {"epochs": ABLATION_EPOCHS}
+            rows = {}
+            for label, changes in ABLATION.items():
+                folder = trained(f"ablation-{label.replace(' ', '-')}", "ours", 0, base | changes | base)
+                rows[label] = told(folder, judged(folder, given.n))
+            write("mnist_ablation", "ablation", asdict(digits_config("ours", "published", **base)), rows)
+        elif name == "samplers":
+            folder = trained("ours", "ours", 0, {})
+            rows = {label: judged(folder, given.n, **changes) for label, changes in SAMPLERS.items()}
+            write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), rows)
+        else:
+            folders = [trained(name, name, seed, {}) for seed in range(given.seeds)]
+            runs = [told(folder, judged(folder, given.n)) for folder in folders]
+            write(f"mnist_{name}", f"{name} --seeds {given.seeds}", asdict(digits_config(name, "published")), runs)
+            if given.ship:
+                ship(folders[0], runs[0])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(torch.get_num_threads())
+    main()
