@@ -31,7 +31,6 @@ class DigitsConfig:
     multipliers: tuple[int, ...] = (1, 2, 4)
     attention: bool = True
     timesteps: int = 100  # T
-    power: float = 1.0  # of time in the cosine schedule
     prediction: str = "noise"
     zero_final: bool = False  # the last convolution starts at zero
     batch_size: int = 32
@@ -52,14 +51,11 @@ RECIPES = {
     "published": _PUBLISHED,
     "published-plain": replace(_PUBLISHED, attention=False),
     "published-narrow": replace(_PUBLISHED, multipliers=(1, 2, 3)),
-    "ours": DigitsConfig(
-        timesteps=1000,
-        power=0.7,
+    "ours": replace(
+        _PUBLISHED,
         prediction="v",
         zero_final=True,
-        batch_size=128,
-        epochs=30,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         one_cycle=True,
         max_norm=1.0,
         steps=20,
@@ -68,7 +64,7 @@ RECIPES = {
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"data": "digits", "channels": 8, "batch_size": 64, "epochs": 1, "samples": 64},
-    "quick": {"data": "digits", "batch_size": 64, "epochs": 20, "samples": 359},
+    "quick": {"data": "digits", "epochs": 30, "samples": 355},
     "full": {},
     "published": {},
 }
@@ -107,7 +103,7 @@ def digits_card(config: DigitsConfig, seed: int) -> dict[str, Any]:
     """What a run on digits trains, how it samples and what its pixels mean, as plain values."""
     network: dict[str, Any] = {"in_channels": 1, "model_channels": config.channels, "num_timesteps": config.timesteps}
     network |= {"channel_multipliers": list(config.multipliers), "middle_attention": config.attention}
-    schedule = {"schedule": "cosine", "T": config.timesteps, "power": config.power}
+    schedule = {"schedule": "cosine", "T": config.timesteps}
     clip = None if config.clip is None else list(config.clip)
     sampler: dict[str, Any] = {"name": "ddpm", "steps": config.steps, "variance": config.variance, "clip": clip}
     if config.gain is not None:

@@ -42,15 +42,13 @@ def cosine_beta_schedule(
     T: int,  # number of steps
     s: float = 0.008,  # offset that keeps the first steps from vanishing
     max_beta: float = 0.999,  # the last step would be 1: it is clipped here
-    power: float = 1.0,  # of time; above 1, more of the steps have little noise
 ) -> Tensor:  # (T,) float64
     """Variances under which the signal falls like a squared cosine (Nichol and Dhariwal 2021, equation 17)."""
     _check_steps("T", T)
-    if not (s >= 0 and 0 < max_beta <= 1 and power > 0):
-        got = f"s={s!r}, max_beta={max_beta!r}, power={power!r}"
-        raise ValueError(f"need s >= 0, max_beta in (0, 1] and power > 0; got {got}")
+    if not (s >= 0 and 0 < max_beta <= 1):
+        raise ValueError(f"need s >= 0 and max_beta in (0, 1]; got s={s!r} and max_beta={max_beta!r}")
     t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos(((t + s) / (1 + s)) ** power * math.pi / 2) ** 2
+    f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=max_beta)
 
 # %% ../nbs/03_schedules.ipynb #c0efdeb6

@@ -27,7 +27,7 @@ def test_parameters_of_the_recipes(recipe, parameters):
 def test_the_published_recipe_is_the_articles():
     config = digits_config("published", "published")
     assert config == DigitsConfig()
-    article = {"timesteps": 100, "power": 1.0, "prediction": "noise", "batch_size": 32, "epochs": 15}
+    article = {"timesteps": 100, "prediction": "noise", "batch_size": 32, "epochs": 15}
     article |= {"learning_rate": 1e-3, "one_cycle": False, "max_norm": None, "steps": 100, "clip": (-1.0, 1.0)}
     assert {name: getattr(config, name) for name in article} == article
 

@@ -31,9 +31,6 @@ ABLATION: dict[str, dict[str, Any]] = {  # what is taken away from our recipe, o
     "noise prediction": {"prediction": "noise"},
     "constant learning rate 1e-3": {"one_cycle": False, "learning_rate": 1e-3},
     "Glorot in the last layer": {"zero_final": False},
-    "batches of 32": {"batch_size": 32},
-    "plain cosine": {"power": 1.0},
-    "T = 100": {"timesteps": 100},
     "float32": {"precision": "float32"},
     "the published settings": {name: value for name, value in asdict(RECIPES["published"]).items() if name != "steps"},
 }
