@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from diffusion_book.cli import main as command
-from diffusion_book.core import environment, write_whole
+from diffusion_book.core import derive_seed, environment, write_whole
 from diffusion_book.digits import RECIPES, digits_config
+from diffusion_book.lenet import lenet_features
+from diffusion_book.metrics import fld
 from diffusion_book.weights import evaluate, load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,18 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
         found = evaluate(load_pretrained(folder), n, **changes)
         write_whole(path, json.dumps(found, indent=1) + "\n")
     return json.loads(path.read_text())
+
+
+def curve(folder: Path, n: int) -> list[dict[str, Any]]:
+    """The plain distance of ten random subsets for several numbers of samples; the last row is all of them."""
+    network = load_pretrained(folder)
+    features = lenet_features(2 * network.denormalise(network.sample(n)) - 1)
+    generator = torch.Generator().manual_seed(derive_seed(0, "subsets"))
+    rows = []
+    for size in (250, 500, 1_000, 2_000, 5_000):
+        subsets = [torch.randperm(n, generator=generator)[:size] for _ in range(10)]
+        rows.append({"n": size, "values": [fld(features[subset]) for subset in subsets]})
+    return [*rows, {"n": n, "values": [fld(features)]}]
 
 
 def told(folder: Path, score: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +154,8 @@ def main() -> None:
         elif name == "samplers":
             folder = trained("ours", "ours", 0, {})
             rows = {label: judged(folder, given.n, **changes) for label, changes in SAMPLERS.items()}
-            write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), rows)
+            found = {"rows": rows, "curve": curve(folder, given.n)}
+            write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), found)
         else:
             folders = [trained(name, name, seed, {}) for seed in range(given.seeds)]
             runs = [told(folder, judged(folder, given.n)) for folder in folders]
@@ -150,5 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(torch.get_num_threads())
     main()
