@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import readme
 import reproduce_spiral
 from conftest import ROOT
 
+from diffusion_book.digits import RECIPES, digits_card, digits_config
+from diffusion_book.metrics import noise_share
 from diffusion_book.presets import spiral_config
+from diffusion_book.weights import load_pretrained
 
 RECORDS = {name: json.loads((ROOT / "results" / f"spiral_{name}.json").read_text()) for name in ("mended", "published")}
 
@@ -42,7 +46,7 @@ def test_readme_table_is_in_step():
 
 
 def test_readme_table_follows_the_files(tmp_path):
-    for path in (ROOT / "results").glob("spiral_*.json"):
+    for path in (ROOT / "results").glob("*.json"):
         record = json.loads(path.read_text())
         if path.stem == "spiral_mended":
             for run in record["runs"]:
@@ -66,3 +70,41 @@ def test_baselines_rank_as_they_must():
     rows = reproduce_spiral.baselines(spiral_config("mended", "tiny"), 1)
     distance = {name: runs[0]["distance"] for name, runs in rows.items()}
     assert distance["fresh data"] < 1e-6 < distance["ideal denoiser"] < 0.01 < 0.3 < distance["N(0, I)"]
+
+
+# MNIST
+
+MNIST = {
+    name: json.loads(path.read_text()) for name in RECIPES if (path := ROOT / "results" / f"mnist_{name}.json").exists()
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_mnist_records_belong_to_the_recipes_of_the_library(name):
+    record, config = MNIST[name], digits_config(name, "published")
+    assert record["config"] == json.loads(json.dumps(asdict(config)))
+    assert [run["seed"] for run in record["runs"]] == list(range(3 if name == "ours" else 1))
+    parameters = {"published": 602_705, "published-plain": 376_913, "published-narrow": 403_409, "ours": 602_705}
+    for run in record["runs"]:
+        assert run["parameters"] == parameters[name] and run["n"] == 10_000
+        assert run["sampler"] == digits_card(config, run["seed"])["sampler"]
+        assert len(run["history"]) == config.epochs and len(run["validation_by_time"]) == 10
+        assert run["low"] < run["value"] < run["high"] and run["value"] < run["fld"]
+        assert run["noise_share"] == pytest.approx(noise_share(run["fld"]), rel=1e-6)
+
+
+def test_our_recipe_is_far_better_at_a_fifth_of_the_evaluations():
+    published = MNIST["published"]["runs"][0]
+    assert published["sampler"]["steps"] == 100
+    for run in MNIST["ours"]["runs"]:
+        assert run["sampler"]["steps"] == 20
+        assert run["high"] < published["low"]  # the intervals are apart
+        assert run["noise_share"] < 0.014
+
+
+def test_shipped_digits_score_what_their_card_says():
+    card = load_pretrained("mnist-unet").card
+    best = MNIST["ours"]["runs"][0]
+    assert card["config"] == MNIST["ours"]["config"] and card["seed"] == best["seed"]
+    assert card["metrics"]["n"] == best["n"]
+    assert card["metrics"]["fld"] == pytest.approx(best["fld"], rel=0.05)  # half precision on disk changes nothing
