@@ -49,11 +49,12 @@ def _train(given: argparse.Namespace) -> None:
     print(f"{folder}: {json.dumps(asdict(config))}")
     print("Ctrl-C stops; the same command goes on from the last checkpoint", flush=True)
     trained = digits_training(config, RandomStreams(given.seed), folder / "checkpoints", given.bar)
+    trained.card["environment"]["preset"] = given.preset
     save_pretrained(folder, trained)
     last = {name: value for name, value in trained.card["history"][-1].items() if name != "validation_by_time"}
     print(f"{folder}/weights.safetensors: {json.dumps(last)}")
 
-
+# %% ../nbs/A4_cli.ipynb #5dcae271
 def _sample(given: argparse.Namespace) -> None:
     trained = load_pretrained(given.weights)
     x = trained.sample(given.n, given.seed, progress=given.bar, **settings(given.set))

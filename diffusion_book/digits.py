@@ -119,13 +119,20 @@ def digits_card(config: DigitsConfig, seed: int) -> dict[str, Any]:
     }
 
 # %% ../nbs/A2_1_digits.ipynb #a1f07764
+def _fresh(config: DigitsConfig, streams: RandomStreams) -> Pretrained:
+    trained = Pretrained.fresh(digits_card(config, streams.seed), streams.initialisation)
+    if config.zero_final:
+        torch.nn.init.zeros_(trained.model.get_parameter("final.weight"))
+    return trained
+
+
 def _optimizer(model: torch.nn.Module, config: DigitsConfig, steps: int) -> tuple[torch.optim.Adam, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     if not config.one_cycle:
         return optimizer, None
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=0.1)
 
-
+# %% ../nbs/A2_1_digits.ipynb #423e7a7b
 def digits_training(
     config: DigitsConfig,
     streams: RandomStreams,  # weights and noise come from here, the order of the images from its seed
@@ -133,31 +140,21 @@ def digits_training(
     progress: bool = True,  # show a bar
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
-    train, held_out = digits_data(config)
-    trained = Pretrained.fresh(digits_card(config, streams.seed), streams.initialisation)
-    if config.zero_final:
-        torch.nn.init.zeros_(trained.model.get_parameter("final.weight"))
+    (train, held_out), trained = digits_data(config), _fresh(config, streams)
     diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
     optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
+
+    def loss(_: Any, batch: Any) -> torch.Tensor:
+        return diffusion.loss(denoiser, batch[0], generator=streams.noise)
 
     def validate() -> dict[str, Any]:
         parts = validation_loss(diffusion, denoiser, held_out.normalise(held_out.images))
         return {"validation_loss": float(parts.mean()), "validation_by_time": [float(f"{v:.5g}") for v in parts]}
 
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs", "max_norm")}
+    options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
     trained.card["history"] = fit(
-        trained.model,
-        lambda _, batch: diffusion.loss(denoiser, batch[0], generator=streams.noise),
-        train,
-        optimizer,
-        streams,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        scheduler=scheduler,
-        max_norm=config.max_norm,
-        validate=validate,
-        folder=folder,
-        config={"seed": streams.seed, **asdict(config)},
-        progress=progress,
+        trained.model, loss, train, optimizer, streams, scheduler=scheduler, validate=validate, **options
     )
     trained.card["environment"] = environment()
     trained.model.eval()

@@ -18,7 +18,7 @@ from .checkpoint import latest, load_checkpoint, save_checkpoint
 from .core import RandomStreams, derive_seed
 from .data import Images, batches
 from .diffusion import GaussianDiffusion
-from .train import train_steps
+from .train import TrainStep, train_steps
 
 # %% auto #0
 __all__ = ['validation_loss', 'epoch_batches', 'fit']
@@ -70,8 +70,17 @@ def epoch_batches(
 class _Run:
     """A training and its checkpoints: the parts, the step, a row per finished epoch, and sums of the one under way."""
 
-    def __init__(self, folder: str | Path | None, config: Mapping[str, Any], **parts: Any) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None,
+        config: Mapping[str, Any],
+        per_epoch: int,  # steps
+        save_every: int,  # steps
+        validate: Callable[[], Mapping[str, Any]] | None,
+        **parts: Any,
+    ) -> None:
         self.folder, self.config, self.parts = folder, config, parts
+        self.per_epoch, self.save_every, self.validate = per_epoch, save_every, validate
         self.step, self.history, self.total = 0, list[dict[str, Any]](), torch.zeros(())
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
         if folder is not None and latest(folder) is not None:
@@ -79,6 +88,14 @@ class _Run:
             self.step, extra = found["step"], found["extra"]
             self.history, self.total, self.spent = extra["history"], extra["total"], extra["spent"]
         self._start_clocks()
+
+    def after(self, done: TrainStep) -> None:
+        """Take note of a step, close an epoch that it ends, and save where it is time."""
+        self.step, self.total = done.step, self.total.to(done.loss.device) + done.loss
+        if epoch_ends := self.step % self.per_epoch == 0:
+            self._close_epoch()
+        if epoch_ends or self.step % self.save_every == 0:
+            self._save()
 
     def _start_clocks(self) -> None:
         self.since = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
@@ -88,29 +105,29 @@ class _Run:
         self._start_clocks()
         self.spent = {name: round(self.spent[name] + now - before[name], 3) for name, now in self.since.items()}
 
-    def add(self, step: int, loss: Tensor) -> None:
-        self.step, self.total = step, self.total.to(loss.device) + loss
-
-    def close_epoch(self, batches: int, validate: Callable[[], Mapping[str, Any]] | None) -> float:
-        loss = float(self.total) / batches
+    def _close_epoch(self) -> None:
+        epoch, loss = len(self.history) + 1, float(self.total) / self.per_epoch
         if not math.isfinite(loss):
             kept = "nothing was saved" if self.folder is None else f"the checkpoints in {self.folder} are from before"
-            raise FloatingPointError(
-                f"the loss of epoch {len(self.history) + 1} is {loss}: {kept}; lower the learning rate"
-            )
+            raise FloatingPointError(f"the loss of epoch {epoch} is {loss}: {kept}; lower the learning rate")
         self._stop_clocks()
-        row = {"epoch": len(self.history) + 1, "step": self.step, "loss": loss} | self.spent
-        self.history.append(row | dict(validate() if validate is not None else {}))
+        row = {"epoch": epoch, "step": self.step, "loss": loss} | self.spent
+        self.history.append(row | dict(self.validate() if self.validate is not None else {}))
         self.total = torch.zeros(())
         self._start_clocks()  # validating is not training
-        return loss
 
-    def save(self) -> None:
+    def _save(self) -> None:
         if self.folder is None or not math.isfinite(self.total):
             return
         self._stop_clocks()
         extra = {"history": self.history, "total": self.total, "spent": self.spent}
         save_checkpoint(self.folder, step=self.step, config=self.config, extra=extra, **self.parts)
+
+# %% ../nbs/53_fit.ipynb #e55afa04
+def _bar(steps: Iterator[TrainStep], start: int, total: int) -> Iterator[TrainStep]:
+    from tqdm.auto import tqdm  # only when a bar is wanted: importing the library stays light
+
+    return iter(tqdm(steps, desc="training", initial=start, total=total, mininterval=1))
 
 # %% ../nbs/53_fit.ipynb #8a112ab9
 def fit(
@@ -131,27 +148,15 @@ def fit(
     progress: bool = True,  # show a bar
 ) -> list[
     dict[str, Any]
-]:  # a row per epoch: epoch, step, mean loss, seconds so far (of the clock and of all cores), validate's items
+]:  # a row per epoch: epoch, step, mean loss, seconds on the clock and of all cores, validate's items
     """Train for some epochs, or finish what lies in `folder`: on a CPU bit for bit the same as without interruption.
 
     Raises FloatingPointError, with all checkpoints untouched, where the mean loss of an epoch is not finite.
     """
-    run = _Run(folder, config or {}, model=model, optimizer=optimizer, scheduler=scheduler, streams=streams)
+    per_epoch, parts = max(1, len(images) // batch_size), {"model": model, "optimizer": optimizer, "streams": streams}
+    run = _Run(folder, config or {}, per_epoch, save_every, validate, scheduler=scheduler, **parts)
     order = epoch_batches(images, batch_size, streams.seed, epochs, run.step)
     steps = train_steps(model, loss_fn, order, optimizer, scheduler=scheduler, max_norm=max_norm, start=run.step)
-    per_epoch = max(1, len(images) // batch_size)
-    with _bar(progress, run.step, epochs * per_epoch) as bar:
-        for done in steps:
-            run.add(done.step, done.loss)
-            bar.update()
-            if done.step % per_epoch == 0:
-                bar.set_postfix(loss=f"{run.close_epoch(per_epoch, validate):.4f}")
-            if done.step % per_epoch == 0 or done.step % save_every == 0:
-                run.save()
+    for done in _bar(steps, run.step, epochs * per_epoch) if progress else steps:
+        run.after(done)
     return run.history
-
-
-def _bar(progress: bool, start: int, total: int) -> Any:
-    from tqdm.auto import tqdm  # only when something is trained: importing the library stays light
-
-    return tqdm(desc="training", initial=start, total=total, mininterval=1, disable=not progress)

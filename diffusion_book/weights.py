@@ -135,7 +135,7 @@ def save_pretrained(
     write_whole(Path(folder) / "weights.safetensors", content)
     return write_whole(Path(folder) / "weights.json", json.dumps(card, indent=1) + "\n").parent
 
-
+# %% ../nbs/A3_weights.ipynb #23fe5e8b
 def load_pretrained(
     name: str | Path,  # of weights that come with the library, such as "mnist-unet", or a folder
 ) -> Pretrained:  # in evaluation mode, without gradients
@@ -162,10 +162,15 @@ def evaluate(
 ) -> dict[str, Any]:  # n, seed, sampler, seconds, fld, its corrected value with low and high, noise_share
     """Fréchet LeNet distance of fresh digits: comparable with others of the same n and the same reference."""
     started = time.perf_counter()
-    x = trained.sample(n, seed, progress=progress, **changes)
-    seconds = time.perf_counter() - started
+    x, seconds = trained.sample(n, seed, progress=progress, **changes), time.perf_counter() - started
     features = lenet_features(2 * trained.denormalise(x) - 1)
-    score = score_interval(features, reference, generator=torch.Generator().manual_seed(derive_seed(seed, "bootstrap")))
-    found = {"n": n, "seed": seed, "sampler": trained.card["sampler"] | changes, "seconds": round(seconds, 1)}
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
+    score = score_interval(features, reference, generator=generator)
+    found: dict[str, Any] = {
+        "n": n,
+        "seed": seed,
+        "sampler": trained.card["sampler"] | changes,
+        "seconds": round(seconds, 1),
+    }
     found |= {"fld": score.plain, "value": score.value, "low": score.low, "high": score.high}
     return found | {"noise_share": noise_share(score.plain, reference)}
