@@ -28,6 +28,7 @@ from diffusion_book.weights import evaluate, load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATION_EPOCHS = 5
+SIZES = (250, 500, 1_000, 2_000, 5_000)  # of the subsets in the curve of the score against the number of samples
 ABLATION: dict[str, dict[str, Any]] = {  # what is taken away from our recipe, one thing at a time
     "ours": {},
     "noise prediction": {"prediction": "noise"},
@@ -85,7 +86,7 @@ def curve(folder: Path, n: int) -> list[dict[str, Any]]:
     features = lenet_features(2 * network.denormalise(network.sample(n)) - 1)
     generator = torch.Generator().manual_seed(derive_seed(0, "subsets"))
     rows = []
-    for size in (250, 500, 1_000, 2_000, 5_000):
+    for size in SIZES:
         subsets = [torch.randperm(n, generator=generator)[:size] for _ in range(10)]
         rows.append({"n": size, "values": [fld(features[subset]) for subset in subsets]})
     return [*rows, {"n": n, "values": [fld(features)]}]
