@@ -48,23 +48,15 @@ SAMPLERS: dict[str, dict[str, Any]] = {  # the same weights, drawn in other ways
 }
 
 
-def trained(name: str, recipe: str, seed: int, changes: dict[str, Any]) -> Path:
+def trained(
+    name: str, recipe: str, seed: int, changes: dict[str, Any], what: str = "mnist", preset: str = "published"
+) -> Path:
     """The folder of a finished run, trained now where it is missing."""
     folder = ROOT / "runs" / f"mnist-{name}-{seed}"
     if not (folder / "weights.json").exists():
         settings = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-        words = [
-            "train",
-            "mnist",
-            "--recipe",
-            recipe,
-            "--preset",
-            "published",
-            "--seed",
-            str(seed),
-            "--out",
-            str(folder),
-        ]
+        options = {"--recipe": recipe, "--preset": preset, "--seed": str(seed), "--out": str(folder)}
+        words = ["train", what, *(word for pair in options.items() for word in pair)]
         if command([*words, *(["--set", *settings] if settings else [])]):
             raise SystemExit(f"{folder}: the training failed")
     return folder
