@@ -34,7 +34,7 @@ def test_a_score_is_measured_once_for_each_sampler(folder):
     plain, other = reproduce_mnist.judged(folder, 20), reproduce_mnist.judged(folder, 20, steps=2, gain=None)
     assert plain["sampler"]["steps"] == 20 and other["sampler"]["steps"] == 2 and other["sampler"]["gain"] is None
     files = sorted(path.name for path in folder.glob("evaluation-*"))
-    assert files == ["evaluation-20--steps=2-gain=None.json", "evaluation-20.json"]
+    assert files == ["evaluation-20-steps=2-gain=None.json", "evaluation-20.json"]
     (folder / "evaluation-20.json").write_text('{"fld": 7}')
     assert reproduce_mnist.judged(folder, 20) == {"fld": 7}
     (folder / "evaluation-20.json").write_text(json.dumps(plain))

@@ -93,7 +93,6 @@ def told(folder: Path, score: dict[str, Any]) -> dict[str, Any]:
         {key: row[key] for key in ("epoch", "loss", "validation_loss", "cpu_seconds")} for row in card["history"]
     ]
     return {
-        "seed": card["seed"],
         "parameters": parameters,
         "train_seconds": last["seconds"],
         "cpu_seconds": last["cpu_seconds"],
@@ -101,6 +100,7 @@ def told(folder: Path, score: dict[str, Any]) -> dict[str, Any]:
         "history": history,
         "validation_by_time": last["validation_by_time"],
         **score,
+        "seed": card["seed"],  # of the training; the samples' own is 0
     }
 
 
