@@ -2,7 +2,7 @@
 
     python tools/reproduce_mnist.py published published-plain published-narrow      # one seed each
     python tools/reproduce_mnist.py ours --seeds 3 --ship                           # mnist-unet is seed 0
-    python tools/reproduce_mnist.py ablation
+    python tools/reproduce_mnist.py ablation short samplers
 
 Each run lies in runs/mnist-NAME-SEED, made by `diffusion-book train mnist`; an interrupted one goes on,
 a finished one is only read. A file in results/ is replaced when all runs it tells of are complete.
@@ -21,13 +21,16 @@ import torch
 
 from diffusion_book.cli import main as command
 from diffusion_book.core import derive_seed, environment, write_whole
+from diffusion_book.data import load
 from diffusion_book.digits import RECIPES, digits_config
-from diffusion_book.lenet import lenet_features
+from diffusion_book.inspection import class_mean_score, label_counts, nearest_training_images
+from diffusion_book.lenet import lenet_features, unit_pixels
 from diffusion_book.metrics import fld
 from diffusion_book.weights import evaluate, load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
-ABLATION_EPOCHS = 5
+ABLATION_EPOCHS = 3
+SHORT = (1, 2, 3)  # epochs of our recipe
 SIZES = (250, 500, 1_000, 2_000, 5_000)  # of the subsets in the curve of the score against the number of samples
 ABLATION: dict[str, dict[str, Any]] = {  # what is taken away from our recipe, one thing at a time
     "ours": {},
@@ -129,32 +132,67 @@ def ship(folder: Path, score: dict[str, Any]) -> None:
         shutil.copy(folder / "half" / f"weights.{suffix}", target / f"mnist-unet.{suffix}")
 
 
+def inspected(folder: Path, n: int) -> dict[str, Any]:
+    """What one number hides: digits by their counts, ink, means, and the nearest training image of every sample."""
+    train, test = load("mnist"), load("mnist", "test")
+    network = load_pretrained(folder)
+    samples = network.sample(n)
+    quarter = torch.tensor([0.01, 0.05, 0.25, 0.5, 0.75])
+    found = {}
+    for name, images in (("samples", samples), ("test images", test.images)):
+        pixels, near = unit_pixels(images), nearest_training_images(images, train)
+        found[name] = {
+            "counts": label_counts(images).tolist(),
+            "ink": float(pixels.mean()),
+            "white": float((pixels > 0.99).float().mean()),
+            "class_mean_score": class_mean_score(images, train).score,
+            "nearest": {"copies": near.copies, "quantiles": near.distance[:, 0].quantile(quarter).tolist()},
+        }
+    return found | {"quantiles": quarter.tolist()}
+
+
+def recipe(name: str, given: argparse.Namespace) -> None:
+    folders = [trained(name, name, seed, {}) for seed in range(given.seeds)]
+    runs = [told(folder, judged(folder, given.n)) for folder in folders]
+    write(f"mnist_{name}", f"{name} --seeds {given.seeds}", asdict(digits_config(name, "published")), runs)
+    if given.ship:
+        ship(folders[0], runs[0])
+
+
+def ablation(given: argparse.Namespace) -> None:
+    rows, same = {}, {"epochs": ABLATION_EPOCHS}
+    for label, changes in ABLATION.items():
+        folder = trained(f"ablation-{label.replace(' ', '-')}", "ours", 0, changes | same)
+        rows[label] = told(folder, judged(folder, given.n))
+    write("mnist_ablation", "ablation", asdict(digits_config("ours", "published", **same)), rows)
+
+
+def short(given: argparse.Namespace) -> None:
+    """Our recipe with fewer epochs: how soon does it reach what the published settings end with?"""
+    rows = {}
+    for epochs in SHORT:
+        folder = trained(f"short-{epochs}", "ours", 0, {"epochs": epochs})
+        rows[epochs] = told(folder, judged(folder, given.n))
+    write("mnist_short", "short", asdict(digits_config("ours", "published")), rows)
+
+
+def samplers(given: argparse.Namespace) -> None:
+    folder = trained("ours", "ours", 0, {})
+    rows = {label: judged(folder, 2_000, **changes) for label, changes in SAMPLERS.items()}
+    found = {"rows": rows, "curve": curve(folder, given.n), "inspection": inspected(folder, given.n)}
+    write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), found)
+
+
 def main() -> None:
+    others = {"ablation": ablation, "short": short, "samplers": samplers}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=[*RECIPES, "ablation", "samplers"])
+    parser.add_argument("names", nargs="+", choices=[*RECIPES, *others])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--ship", action="store_true")
+    parser.add_argument("--n", type=int, default=10_000, help="samples to judge a run by")
+    parser.add_argument("--ship", action="store_true", help="put the weights of seed 0 into the library")
     given = parser.parse_args()
     for name in given.names:
-        if name == "ablation":
-            base = {"epochs": ABLATION_EPOCHS}
-            rows = {}
-            for label, changes in ABLATION.items():
-                folder = trained(f"ablation-{label.replace(' ', '-')}", "ours", 0, base | changes | base)
-                rows[label] = told(folder, judged(folder, given.n))
-            write("mnist_ablation", "ablation", asdict(digits_config("ours", "published", **base)), rows)
-        elif name == "samplers":
-            folder = trained("ours", "ours", 0, {})
-            rows = {label: judged(folder, given.n, **changes) for label, changes in SAMPLERS.items()}
-            found = {"rows": rows, "curve": curve(folder, given.n)}
-            write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), found)
-        else:
-            folders = [trained(name, name, seed, {}) for seed in range(given.seeds)]
-            runs = [told(folder, judged(folder, given.n)) for folder in folders]
-            write(f"mnist_{name}", f"{name} --seeds {given.seeds}", asdict(digits_config(name, "published")), runs)
-            if given.ship:
-                ship(folders[0], runs[0])
+        others[name](given) if name in others else recipe(name, given)
 
 
 if __name__ == "__main__":
