@@ -74,9 +74,7 @@ def test_baselines_rank_as_they_must():
 
 # MNIST
 
-MNIST = {
-    name: json.loads(path.read_text()) for name in RECIPES if (path := ROOT / "results" / f"mnist_{name}.json").exists()
-}
+MNIST = {name: json.loads((ROOT / "results" / f"mnist_{name}.json").read_text()) for name in ("published", "ours")}
 
 
 @pytest.mark.parametrize("name", MNIST)
