@@ -162,7 +162,8 @@ def recipe(name: str, given: argparse.Namespace) -> None:
 def ablation(given: argparse.Namespace) -> None:
     rows, same = {}, {"epochs": ABLATION_EPOCHS}
     for label, changes in ABLATION.items():
-        folder = trained(f"ablation-{label.replace(' ', '-')}", "ours", 0, changes | same)
+        name = f"ablation-{label.replace(' ', '-')}" if changes else f"short-{ABLATION_EPOCHS}"
+        folder = trained(name, "ours", 0, changes | same)
         rows[label] = told(folder, judged(folder, given.n))
     write("mnist_ablation", "ablation", asdict(digits_config("ours", "published", **same)), rows)
 
