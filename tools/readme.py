@@ -59,6 +59,8 @@ def spiral_table(results: Path) -> str:
 
 MNIST = {
     "published": "published settings",
+    "published-plain": "the same without attention",
+    "published-narrow": "the same with multipliers (1, 2, 3)",
     "ours": "our recipe",
 }
 
