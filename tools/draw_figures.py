@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from diffusion_book.core import RandomStreams
 from diffusion_book.presets import spiral_config, spiral_training
 from diffusion_book.sampling import ddpm, trajectory
-from diffusion_book.viz import COLORS, use_style
+from diffusion_book.viz import COLORS, save_images, use_style
+from diffusion_book.weights import load_pretrained
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -35,6 +36,12 @@ def draw_spiral() -> None:
     fig.savefig(ASSETS / "spiral.png", dpi=110, bbox_inches="tight")
 
 
+def draw_digits() -> None:
+    """Sixty samples of the shipped network, the first ones of seed 0."""
+    save_images(load_pretrained("mnist-unet").sample(60), ASSETS / "digits.png", columns=20)
+
+
 if __name__ == "__main__":
     use_style()
     draw_spiral()
+    draw_digits()
