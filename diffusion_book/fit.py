@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from .checkpoint import latest, load_checkpoint, save_checkpoint
 from .core import RandomStreams, derive_seed
@@ -60,11 +60,12 @@ def epoch_batches(
     seed: int,  # names the run
     epochs: int,
     start: int = 0,  # batches already done, of all epochs together
+    augment: Callable[[Tensor, Generator], Tensor] | None = None,  # such as `flip`
 ) -> Iterator[tuple[Tensor, Tensor]]:  # x (batch_size, C, H, W) float32, labels (batch_size,)
     """The batches of several epochs, one after the other, from any step on. ValueError as for `batches`."""
     per_epoch = max(1, len(images) // batch_size)
     for epoch in range(start // per_epoch, epochs):
-        yield from batches(images, batch_size, seed, epoch, start=max(0, start - epoch * per_epoch))
+        yield from batches(images, batch_size, seed, epoch, max(0, start - epoch * per_epoch), augment)
 
 # %% ../nbs/53_fit.ipynb #e7a4e015
 class _Run:
@@ -141,6 +142,7 @@ def fit(
     epochs: int,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after each optimizer step
     max_norm: float | None = None,  # clip the gradient's norm to this
+    augment: Callable[[Tensor, Generator], Tensor] | None = None,  # of each uint8 batch, such as `flip`
     validate: Callable[[], Mapping[str, Any]] | None = None,  # called after each epoch; its items join the row
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     config: Mapping[str, Any] | None = None,  # plain values; a checkpoint with others is refused
@@ -155,7 +157,7 @@ def fit(
     """
     per_epoch, parts = max(1, len(images) // batch_size), {"model": model, "optimizer": optimizer, "streams": streams}
     run = _Run(folder, config or {}, per_epoch, save_every, validate, scheduler=scheduler, **parts)
-    order = epoch_batches(images, batch_size, streams.seed, epochs, run.step)
+    order = epoch_batches(images, batch_size, streams.seed, epochs, run.step, augment)
     steps = train_steps(model, loss_fn, order, optimizer, scheduler=scheduler, max_norm=max_norm, start=run.step)
     for done in _bar(steps, run.step, epochs * per_epoch) if progress else steps:
         run.after(done)

@@ -6,59 +6,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .core import randn_like
 from .diffusion import Clip, GaussianDiffusion, Step
-
-Denoiser = Callable[..., Tensor]
+from .moves import Denoiser, StepIterator, call_denoiser, check_start
 
 _VARIANCES = ("posterior", "forward")
 
 # %% auto #0
-__all__ = ['Denoiser', 'StepIterator', 'call_denoiser', 'ddpm', 'sample', 'trajectory']
-
-# %% ../nbs/08_sampling.ipynb #8debf5e0
-class StepIterator(Iterator[Step]):
-    """An iterator over a sampler's moves that knows how many are left, so that a bar can show them."""
-
-    def __init__(
-        self,
-        steps: Iterator[Step],
-        length: int,  # number of moves
-    ) -> None:
-        self._steps = steps
-        self._left = length
-
-    def __len__(self) -> int:
-        return self._left
-
-    def __next__(self) -> Step:
-        step = next(self._steps)
-        self._left -= 1
-        return step
-
-# %% ../nbs/08_sampling.ipynb #147b6b24
-def _check_start(x: Tensor, y: Tensor | None) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, such as torch.randn(n, ...); got {x.dtype}")
-    if y is not None and y.shape != x.shape[:1]:
-        raise ValueError(f"y must hold one label per row of x, ({len(x)},); got shape {tuple(y.shape)}")
-
-
-def call_denoiser(
-    model: Denoiser,  # (x, t) or (x, t, y) to a tensor like x
-    x: Tensor,  # (n, ...)
-    t: Tensor,  # one time, ()
-    y: Tensor | None,  # (n,) labels, or None
-) -> Tensor:  # (n, ...)
-    """Ask a denoiser about a whole batch at one time, without building a graph."""
-    times = t.to(x.device).expand(len(x))
-    with torch.no_grad():
-        return model(x, times) if y is None else model(x, times, y)
+__all__ = ['ddpm', 'sample', 'trajectory']
 
 # %% ../nbs/08_sampling.ipynb #f462da31
 def ddpm(
@@ -76,7 +36,7 @@ def ddpm(
 
     The move to clean data adds no noise. Raises ValueError for arguments that do not fit, before the first call.
     """
-    _check_start(x, y)
+    check_start(x, y)
     if variance not in _VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(_VARIANCES)}; got {variance!r}")
     if steps is None and not hasattr(diffusion.schedule, "T"):

@@ -17,22 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from .core import derive_seed, write_whole
+from .ddim import ddim
 from .diffusion import GaussianDiffusion, with_gain
 from .lenet import lenet_features, shipped
 from .metrics import noise_share, score_interval
 from .mlp import TimeMLP
 from .precision import in_precision
+from .resunet import ResUNet
 from .sampling import StepIterator, ddpm, sample
-from .schedule import DiscreteSchedule, cosine_beta_schedule, linear_beta_schedule
+from .schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule, linear_beta_schedule
 from .unet import UNet
 
 # %% auto #0
 __all__ = ['build_diffusion', 'build_network', 'Pretrained', 'save_pretrained', 'load_pretrained', 'evaluate']
 
 # %% ../nbs/A3_weights.ipynb #783ba610
-_SCHEDULES = {"cosine": cosine_beta_schedule, "linear": linear_beta_schedule}
-_NETWORKS = {"UNet": UNet, "TimeMLP": TimeMLP}
-_SAMPLERS = {"ddpm": ddpm}
+_SCHEDULES = {
+    "cosine": lambda **given: DiscreteSchedule(cosine_beta_schedule(**given)),
+    "linear": lambda **given: DiscreteSchedule(linear_beta_schedule(**given)),
+    "offset-cosine": OffsetCosineSchedule,
+}
+_NETWORKS = {"UNet": UNet, "TimeMLP": TimeMLP, "ResUNet": ResUNet}
+_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+_SHARED = {"steps", "clip", "gain", "precision"}  # options that both samplers understand
 
 
 def _choose(what: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -41,18 +48,25 @@ def _choose(what: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
+def _options(card: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's sampler with changes. Another sampler takes over only what both understand: no variance for "ddim"."""
+    kept = dict(card["sampler"])
+    if changes.get("name", kept["name"]) != kept["name"]:
+        kept = {key: value for key, value in kept.items() if key in _SHARED}
+    return kept | dict(changes)
+
+# %% ../nbs/A3_weights.ipynb #15163caf
 def build_diffusion(
-    schedule: str,  # "cosine" or "linear"
+    schedule: str,  # "cosine" or "linear" in T steps, or "offset-cosine" in continuous time
     prediction: str,  # "noise", "x0" or "v"
     **arguments: Any,  # of the schedule, such as T=100
 ) -> GaussianDiffusion:
     """A diffusion from plain values. Raises ValueError for a schedule that does not exist."""
-    betas = _choose("schedule", schedule, _SCHEDULES)(**arguments)
-    return GaussianDiffusion(DiscreteSchedule(betas), prediction)
+    return GaussianDiffusion(_choose("schedule", schedule, _SCHEDULES)(**arguments), prediction)
 
 
 def build_network(
-    network: str,  # "UNet" or "TimeMLP"
+    network: str,  # "UNet", "TimeMLP" or "ResUNet"
     generator: torch.Generator | None = None,  # for the initial weights
     **arguments: Any,  # of the class, such as model_channels=16
 ) -> nn.Module:
@@ -71,7 +85,10 @@ class Pretrained:
     @classmethod
     def fresh(cls, card: dict[str, Any], generator: torch.Generator | None = None) -> Pretrained:
         """What a card describes, with initial weights drawn from the generator."""
-        return cls(build_diffusion(**card["diffusion"]), build_network(**card["network"], generator=generator), card)
+        diffusion, arguments = build_diffusion(**card["diffusion"]), dict(card["network"])
+        if arguments["network"] == "ResUNet":  # it turns times into variances by itself
+            arguments["schedule"] = diffusion.schedule
+        return cls(diffusion, build_network(**arguments, generator=generator), card)
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -89,7 +106,7 @@ class Pretrained:
         **changes: Any,  # to the card's sampler, such as steps=50
     ) -> StepIterator:
         """The card's sampler, about to begin. ValueError for a sampler or precision that does not exist."""
-        options = self.card["sampler"] | changes
+        options = _options(self.card, changes)
         gain = options.pop("gain", None)
         if gain is not None:
             options["clip"] = with_gain(gain, *options.get("clip") or (-1.0, 1.0))
@@ -169,7 +186,7 @@ def evaluate(
     found: dict[str, Any] = {
         "n": n,
         "seed": seed,
-        "sampler": trained.card["sampler"] | changes,
+        "sampler": _options(trained.card, changes),
         "seconds": round(seconds, 1),
     }
     found |= {"fld": score.plain, "value": score.value, "low": score.low, "high": score.high}

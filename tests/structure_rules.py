@@ -19,10 +19,11 @@ WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 
 LEVELS = (
     "core files folders player schedule embed ema guidance lenet tables precision",
-    "viz toy diffusion ideal mlp blocks resunet attunet data metrics",
-    "unet train sampling ddim flowers inspection image_distances checkpoint widgets export",
-    "weights fit",
-    "presets digits",
+    "viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
+    "unet train moves flowers inspection image_distances checkpoint widgets export",
+    "sampling ddim fit",
+    "weights",
+    "presets digits flower_recipes",
     "cli",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}

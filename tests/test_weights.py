@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffusion_book.core import derive_seed
+from diffusion_book.ddim import ddim
+from diffusion_book.diffusion import with_gain
 from diffusion_book.lenet import lenet_features
 from diffusion_book.metrics import fld, moments, noise_share
 from diffusion_book.sampling import ddpm, sample
@@ -49,9 +51,9 @@ def test_a_network_is_built_with_its_arguments():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: build_diffusion("os.system", "v"), "schedule must be one of cosine, linear; got 'os.system'"),
-        (lambda: build_network("__import__"), "network must be one of UNet, TimeMLP; got '__import__'"),
-        (lambda: little(sampler={"name": "euler"}).sample(1), "sampler must be one of ddpm; got 'euler'"),
+        (lambda: build_diffusion("os.system", "v"), "schedule must be one of cosine, linear, offset-cosine; got 'os.system'"),
+        (lambda: build_network("__import__"), "network must be one of UNet, TimeMLP, ResUNet; got '__import__'"),
+        (lambda: little(sampler={"name": "euler"}).sample(1), "sampler must be one of ddpm, ddim; got 'euler'"),
     ],
 )
 def test_names_that_are_not_on_the_list_are_refused(build, message):
@@ -78,6 +80,37 @@ def test_changes_reach_the_sampler_and_leave_the_card():
     assert trained.card["sampler"]["steps"] == 3
     bf16 = trained.sample(2, progress=False, precision="bf16")
     assert bf16.dtype == torch.float32 and not torch.equal(bf16, trained.sample(2, progress=False))
+
+
+def test_a_card_may_name_ddim():
+    options = {"name": "ddim", "steps": 4, "eta": 0.3, "spacing": "linear", "clip": [-1.0, 1.0], "gain": 1.1}
+    trained, x = little(sampler=options), torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    by_hand = ddim(
+        trained.diffusion,
+        trained.model,
+        x,
+        steps=4,
+        eta=0.3,
+        spacing="linear",
+        clip=with_gain(1.1),
+        generator=generators[0],
+    )
+    drawn = sample(trained.sampler(x, generators[1]), progress=False)
+    assert torch.equal(drawn, sample(by_hand, progress=False))
+    assert not torch.equal(drawn, sample(trained.sampler(x, generators[1], eta=0.0), progress=False))
+
+
+def test_another_sampler_takes_over_what_both_understand():
+    trained = little(sampler=CARD["sampler"] | {"variance": "forward", "gain": 1.02})
+    x = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    drawn = sample(trained.sampler(x, name="ddim"), progress=False)
+    by_hand = ddim(trained.diffusion, trained.model, x, steps=3, clip=with_gain(1.02))
+    assert torch.equal(drawn, sample(by_hand, progress=False))
+    back = little(sampler={"name": "ddim", "steps": 4, "eta": 0.5, "spacing": "linear"})
+    assert len(back.sampler(x, name="ddpm", steps=6)) == 6
+    with pytest.raises(TypeError, match="eta"):
+        trained.sampler(x, eta=0.5)  # of a sampler that knows no eta
 
 
 def test_the_first_samples_do_not_depend_on_how_many_follow():
