@@ -160,7 +160,7 @@ def flowers_training(
     x = held_out.normalise(held_out.images)
 
     def loss(_: Any, batch: Any) -> Tensor:
-        kind = {"loss": config.loss, "image_weight": config.image_weight}
+        kind: dict[str, Any] = {"loss": config.loss, "image_weight": config.image_weight}
         return diffusion.loss(denoiser, batch[0], generator=streams.noise, **kind)
 
     def validate() -> dict[str, float]:

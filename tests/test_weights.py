@@ -51,7 +51,10 @@ def test_a_network_is_built_with_its_arguments():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: build_diffusion("os.system", "v"), "schedule must be one of cosine, linear, offset-cosine; got 'os.system'"),
+        (
+            lambda: build_diffusion("os.system", "v"),
+            "schedule must be one of cosine, linear, offset-cosine; got 'os.system'",
+        ),
         (lambda: build_network("__import__"), "network must be one of UNet, TimeMLP, ResUNet; got '__import__'"),
         (lambda: little(sampler={"name": "euler"}).sample(1), "sampler must be one of ddpm, ddim; got 'euler'"),
     ],
