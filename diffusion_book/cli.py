@@ -43,8 +43,7 @@ def settings(
 
 # %% ../nbs/A4_cli.ipynb #eb61fe54
 def _train(given: argparse.Namespace) -> None:
-    changes = {"data": given.what} if given.what == "digits" else {}
-    config = digits_config(given.recipe, given.preset, **changes | settings(given.set))
+    config = digits_config(given.recipe, given.preset, **{"data": given.what} | settings(given.set))
     folder = Path(given.out or f"runs/{given.what}-{given.recipe}-{given.seed}")
     print(f"{folder}: {json.dumps(asdict(config))}")
     print("Ctrl-C stops; the same command goes on from the last checkpoint", flush=True)

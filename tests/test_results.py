@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import readme
+import reproduce_mnist
 import reproduce_spiral
 from conftest import ROOT
 
@@ -108,3 +109,28 @@ def test_shipped_digits_score_what_their_card_says():
     assert card["config"] == MNIST["ours"]["config"] and card["seed"] == best["seed"]
     assert card["metrics"]["n"] == best["n"]
     assert card["metrics"]["fld"] == pytest.approx(best["fld"], rel=0.05)  # half precision on disk changes nothing
+
+
+def test_short_runs_and_ablation_are_told_completely():
+    short, ablation = (
+        json.loads((ROOT / "results" / f"mnist_{name}.json").read_text()) for name in ("short", "ablation")
+    )
+    assert [*map(int, short["runs"])] == [*reproduce_mnist.SHORT] and [*ablation["runs"]] == [*reproduce_mnist.ABLATION]
+    for epochs, run in [
+        *short["runs"].items(),
+        *((ablation["config"]["epochs"], r) for r in ablation["runs"].values()),
+    ]:
+        assert len(run["history"]) == int(epochs) and run["parameters"] == 602_705 and run["n"] == 10_000
+        assert run["noise_share"] == pytest.approx(noise_share(run["fld"]), rel=1e-6)
+    assert short["runs"][str(reproduce_mnist.ABLATION_EPOCHS)] == ablation["runs"]["ours"]  # one run, told twice
+    losses = [run["history"][-1]["validation_loss"] for run in short["runs"].values()]
+    assert losses == sorted(losses, reverse=True)  # longer is better
+
+
+def test_what_samples_look_like_is_told_for_all_of_them():
+    found = json.loads((ROOT / "results" / "mnist_samplers.json").read_text())["runs"]
+    assert [*found["rows"]] == [*reproduce_mnist.SAMPLERS] and found["curve"][-1]["n"] == 10_000
+    for images in ("samples", "test images"):
+        assert sum(found["inspection"][images]["counts"]) == 10_000
+    real = found["inspection"]["test images"]
+    assert 0.13 < real["ink"] < 0.135 and 0.05 < real["white"] < 0.07 and abs(real["class_mean_score"] - 0.008) < 1e-3

@@ -37,7 +37,7 @@ ABLATION: dict[str, dict[str, Any]] = {  # what is taken away from our recipe, o
     "noise prediction": {"prediction": "noise"},
     "constant learning rate 1e-3": {"one_cycle": False, "learning_rate": 1e-3},
     "Glorot in the last layer": {"zero_final": False},
-    "float32": {"precision": "float32"},
+    "no limit to the gradient": {"max_norm": None},
     "the published settings": {name: value for name, value in asdict(RECIPES["published"]).items() if name != "steps"},
 }
 SAMPLERS: dict[str, dict[str, Any]] = {  # the same weights, drawn in other ways
