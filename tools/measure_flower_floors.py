@@ -2,8 +2,8 @@
 
     python tools/measure_flower_floors.py
 
-Takes the 64-pixel flowers from the data folder (DIFFUSION_BOOK_DATA). The reference is every fifth image of each official
-split, which the classifier has not seen.
+Takes the flowers from the data folder (DIFFUSION_BOOK_DATA), or downloads them. The reference is the fifth of each
+official split that is held out and that the classifier has not seen.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
-from train_flowernet import ROOT, flowers, held_out
+from train_flowernet import ROOT, flowers
 
 from diffusion_book.core import environment, write_whole
+from diffusion_book.data import load
 from diffusion_book.image_distances import flower_features, sliced_wasserstein_distance
 from diffusion_book.lenet import shipped
 from diffusion_book.metrics import kernel_distance, score_interval
 
 RESAMPLES, DRAWN = 50, 1000
+OFFICIAL = ("train", "validation"), ("test",)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -67,17 +69,16 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    images, split = flowers()
-    held, pixels = held_out(split), images.images
-    official = some(pixels[split < 2], DRAWN, 0), some(pixels[split == 2], int(held.sum()), 0)
-    compared = pairs(pixels[~held], pixels[held], official)
+    train, held_out = (images.images for images in flowers())
+    small, test = (torch.cat([load("flowers102", name).images for name in names]) for names in OFFICIAL)
+    compared = pairs(train, held_out, (some(small, DRAWN, 0), some(test, len(held_out), 0)))
     rows = [row(name, *pair) for name, pair in tqdm(compared.items(), desc="floors")]
     record = {
         "name": "flowers_floors",
         "command": "python tools/measure_flower_floors.py",
         "sampler": None,
         "config": {
-            "reference": "every fifth image of each official split, 64 pixels",
+            "reference": "held-out flowers, 64 pixels",
             "drawn": DRAWN,
             "resamples": RESAMPLES,
             "flowernet_sha256": shipped("flowernet")[1]["sha256"],
