@@ -16,6 +16,7 @@ from typing import Any
 from .core import RandomStreams, data_dir, write_whole
 from .data import load
 from .digits import RECIPES, digits_card, digits_config, digits_training
+from .flower_recipes import FLOWER_RECIPES, flowers_card, flowers_config, flowers_scores, flowers_training
 from .tables import parameter_table
 from .viz import save_images
 from .weights import Pretrained, evaluate, load_pretrained, save_pretrained
@@ -42,12 +43,16 @@ def settings(
     return changes
 
 # %% ../nbs/A4_cli.ipynb #eb61fe54
+_FLOWERS = ("flowers102", "petals")
+
+
 def _train(given: argparse.Namespace) -> None:
-    config = digits_config(given.recipe, given.preset, **{"data": given.what} | settings(given.set))
+    make, run = (flowers_config, flowers_training) if given.what in _FLOWERS else (digits_config, digits_training)
+    config: Any = make(given.recipe, given.preset, **{"data": given.what} | settings(given.set))
     folder = Path(given.out or f"runs/{given.what}-{given.recipe}-{given.seed}")
     print(f"{folder}: {json.dumps(asdict(config))}")
     print("Ctrl-C stops; the same command goes on from the last checkpoint", flush=True)
-    trained = digits_training(config, RandomStreams(given.seed), folder / "checkpoints", given.bar)
+    trained: Pretrained = run(config, RandomStreams(given.seed), folder / "checkpoints", given.bar)
     trained.card["environment"]["preset"] = given.preset
     save_pretrained(folder, trained)
     last = {name: value for name, value in trained.card["history"][-1].items() if name != "validation_by_time"}
@@ -62,15 +67,21 @@ def _sample(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    found = evaluate(load_pretrained(given.weights), given.n, given.seed, progress=given.bar, **settings(given.set))
+    trained, options = load_pretrained(given.weights), settings(given.set) | ({"n": given.n} if given.n else {})
+    judge = flowers_scores if trained.card["data"]["name"] in _FLOWERS else evaluate
+    found = judge(trained, seed=given.seed, progress=given.bar, **options)
     print(json.dumps(found, indent=1))
     if given.out:
         write_whole(given.out, json.dumps(found, indent=1) + "\n")
 
 
 def _params(given: argparse.Namespace) -> None:
-    known = given.what in RECIPES
-    card = digits_card(digits_config(given.what, "published"), 0) if known else load_pretrained(given.what).card
+    if given.what in RECIPES:
+        card = digits_card(digits_config(given.what, "published"), 0)
+    elif given.what in FLOWER_RECIPES:
+        card = flowers_card(flowers_config(given.what, "published"), 0, load("petals", "test", 64))
+    else:
+        card = load_pretrained(given.what).card
     print(parameter_table(Pretrained.fresh(card).model))
 
 
@@ -97,15 +108,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--set", nargs="+", default=[], metavar="key=value", help="change single settings")
         return sub
 
-    train = verb("train", _train, "train a U-Net on mnist or digits, or go on where it stopped")
-    train.add_argument("what", choices=["mnist", "digits"])
-    train.add_argument("--recipe", choices=[*RECIPES], default="ours")
+    train = verb("train", _train, "train a U-Net on digits or flowers, or go on where it stopped")
+    train.add_argument("what", choices=["mnist", "digits", *_FLOWERS])
+    train.add_argument("--recipe", choices=[*RECIPES | FLOWER_RECIPES], default="ours")
     train.add_argument("--preset", choices=["tiny", "quick", "full", "published"], default="published")
     sample = verb("sample", _sample, "draw from trained weights", "weights", out="samples.png")
     sample.add_argument("--columns", type=int, default=8)
-    judge = verb("evaluate", _evaluate, "score samples against the MNIST test images", "weights")
+    judge = verb("evaluate", _evaluate, "score samples against held-out images", "weights")
     sample.add_argument("--n", type=int, default=64, help="samples")
-    judge.add_argument("--n", type=int, default=10_000, help="samples")
+    judge.add_argument("--n", type=int, help="samples; 10,000 digits or 1,000 flowers if not given")
     verb("params", _params, "list the parameters of a recipe or of trained weights", "what")
     verb("data", _data, "fetch a data set, or verify the one in the data folder", "what")
     return parser

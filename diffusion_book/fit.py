@@ -18,12 +18,19 @@ from .checkpoint import latest, load_checkpoint, save_checkpoint
 from .core import RandomStreams, derive_seed
 from .data import Images, batches
 from .diffusion import GaussianDiffusion
+from .schedule import Schedule
 from .train import TrainStep, train_steps
 
 # %% auto #0
-__all__ = ['validation_loss', 'epoch_batches', 'fit']
+__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit']
 
 # %% ../nbs/53_fit.ipynb #7f9364e3
+def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
+    """The middles of n equal parts of time, (n,) each: in [0, 1], and as times of the schedule."""
+    place = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    return place, (place * schedule.end).ceil().long() if isinstance(schedule.end, int) else place * schedule.end
+
+
 @torch.no_grad()
 def validation_loss(
     diffusion: GaussianDiffusion,
@@ -38,11 +45,10 @@ def validation_loss(
 
     Row i of n has the time at (i + 1/2) / n of the schedule. Raises ValueError where bins is not in 1..n.
     """
-    n, schedule = len(x), diffusion.schedule
+    n = len(x)
     if not 1 <= bins <= n:
         raise ValueError(f"bins must lie in 1..{n} (the rows of x); got {bins}")
-    place = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    times = (place * schedule.end).ceil().long() if isinstance(schedule.end, int) else place * schedule.end
+    place, times = _even_times(diffusion.schedule, n)
     part, errors = (place * bins).long(), []
     generator = torch.Generator().manual_seed(derive_seed(seed, "validation"))
     for rows in torch.arange(n).split(batch_size):
@@ -52,6 +58,26 @@ def validation_loss(
         errors.append(error.double().square().flatten(1).mean(1).cpu())
     total = torch.zeros(bins, dtype=torch.float64).index_add(0, part, torch.cat(errors))
     return total / part.bincount(minlength=bins)
+
+# %% ../nbs/53_fit.ipynb #a0f1c3d2
+@torch.no_grad()
+def absolute_errors(
+    diffusion: GaussianDiffusion,
+    model: Callable[..., Tensor],  # (x, t) to what `diffusion.prediction` says
+    x: Tensor,  # (n, ...) held-out data, in an order that has nothing to do with their content
+    batch_size: int = 250,
+) -> dict[str, float]:  # noise_l1 and image_l1, means over everything
+    """Mean absolute errors of both estimates; row i of n has the time at (i + 1/2) / n, and noise of its own."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "validation"))
+    times, total = _even_times(diffusion.schedule, len(x))[1], torch.zeros(2, dtype=torch.float64)
+    for rows in torch.arange(len(x)).split(batch_size):
+        x0, t = x[rows], times[rows].to(x.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        xt = diffusion.q_sample(x0, t, noise)
+        found = diffusion.predict(model(xt, t), xt, t)
+        pairs = zip((noise, x0), reversed(found), strict=True)
+        total += torch.stack([(a - b).abs().double().flatten(1).mean(1).sum().cpu() for a, b in pairs])
+    return dict(zip(("noise_l1", "image_l1"), (total / len(x)).tolist(), strict=True))
 
 # %% ../nbs/53_fit.ipynb #916312fe
 def epoch_batches(

@@ -5,7 +5,8 @@
 # %% ../nbs/A2_2_flower_recipes.ipynb #d4912d80
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from torch import Tensor
 
 from .core import RandomStreams, derive_seed, environment, preset_name
 from .data import Images, flip, load
-from .diffusion import GaussianDiffusion
-from .fit import fit
+from .fit import absolute_errors, fit
 from .flowers import eighty_twenty
+from .image_distances import flower_features, sliced_noise_share, sliced_wasserstein_distance
+from .metrics import kernel_distance, score_interval
 from .precision import in_precision
 from .weights import Pretrained
 
 # %% auto #0
-__all__ = ['FLOWER_RECIPES', 'FlowersConfig', 'flowers_config', 'flowers_data', 'flowers_card', 'absolute_errors',
-           'flowers_training']
+__all__ = ['FLOWER_RECIPES', 'FlowersConfig', 'flowers_config', 'flowers_data', 'flowers_card', 'flowers_training',
+           'flowers_scores']
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #46031c1b
 @dataclass(frozen=True)
@@ -116,27 +118,6 @@ def flowers_card(
         "config": asdict(config),
     }
 
-# %% ../nbs/A2_2_flower_recipes.ipynb #3750643f
-@torch.no_grad()
-def absolute_errors(
-    diffusion: GaussianDiffusion,
-    model: Callable[..., Tensor],  # (x, t) to what `diffusion.prediction` says
-    x: Tensor,  # (n, ...) held-out data, in an order that has nothing to do with their content
-    batch_size: int = 250,
-) -> dict[str, float]:  # noise_l1 and image_l1, means over everything
-    """Mean absolute errors of both estimates; row i of n has the time at (i + 1/2) / n, and noise of its own."""
-    generator = torch.Generator().manual_seed(derive_seed(0, "validation"))
-    times = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x) * diffusion.schedule.end
-    total = torch.zeros(2, dtype=torch.float64)
-    for rows in torch.arange(len(x)).split(batch_size):
-        x0, t = x[rows], times[rows].to(x.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        xt = diffusion.q_sample(x0, t, noise)
-        found = diffusion.predict(model(xt, t), xt, t)
-        pairs = zip((noise, x0), reversed(found), strict=True)
-        total += torch.stack([(a - b).abs().double().flatten(1).mean(1).sum().cpu() for a, b in pairs])
-    return dict(zip(("noise_l1", "image_l1"), (total / len(x)).tolist(), strict=True))
-
 # %% ../nbs/A2_2_flower_recipes.ipynb #794d65d9
 def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
     rate = config.learning_rate
@@ -176,3 +157,31 @@ def flowers_training(
     trained.card["environment"] = environment()
     trained.model.eval()
     return trained
+
+# %% ../nbs/A2_2_flower_recipes.ipynb #b0f1c3d2
+def flowers_scores(
+    trained: Pretrained,
+    n: int = 1_000,  # samples
+    seed: int = 0,
+    *,
+    reference: Any = None,  # images of the same size; those that its data held out if not given
+    progress: bool = True,  # show a bar
+    **changes: Any,  # to the card's sampler, such as steps=5
+) -> dict[str, Any]:  # plain values: swd with levels and share of noise, Fréchet and kernel distance of features
+    """Distances of fresh samples to real images: compare scores of one n and one reference."""
+    if reference is None:
+        config = FlowersConfig(**{**trained.card["config"], "widths": tuple(trained.card["config"]["widths"])})
+        reference = flowers_data(config)[1]
+    started = time.perf_counter()
+    x = 2 * trained.denormalise(trained.sample(n, seed, progress=progress, batch_size=250, **changes)) - 1
+    seconds = round(time.perf_counter() - started, 1)
+    sliced = sliced_wasserstein_distance(x, reference)
+    found: dict[str, Any] = {"n": n, "seed": seed, "sampler": trained.card["sampler"] | changes, "seconds": seconds}
+    found |= {"swd": sliced.value, "levels": sliced.levels, "noise_share": sliced_noise_share(sliced, reference)}
+    if min(x.shape[2:]) >= 32:  # what the classifier takes
+        features = flower_features(x), flower_features(reference)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
+        score = score_interval(*features, resamples=50, generator=generator)
+        found |= {"frechet": score.plain, "value": score.value, "low": score.low, "high": score.high}
+        found["kernel"] = kernel_distance(*features)
+    return found
