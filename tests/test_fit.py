@@ -14,7 +14,7 @@ from diffusion_book.checkpoint import CheckpointError, latest
 from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.diffusion import GaussianDiffusion
-from diffusion_book.fit import epoch_batches, fit, validation_loss
+from diffusion_book.fit import absolute_errors, epoch_batches, fit, validation_loss
 from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule
 
 DIFFUSION = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(50)), "noise")
@@ -272,3 +272,33 @@ def test_the_model_is_trained_in_place():
     before = copy.deepcopy(model)
     run(model, *rest, epochs=1)
     assert not torch.equal(weights(model), weights(before))
+
+
+# Two errors for every network
+
+
+@pytest.mark.parametrize("schedule", [DiscreteSchedule(cosine_beta_schedule(20)), OffsetCosineSchedule()])
+@pytest.mark.parametrize("prediction", ["noise", "v", "x0"])
+def test_absolute_errors_of_a_network_that_knows_the_mean_are_in_a_fixed_ratio(schedule, prediction):
+    x = torch.randn(60, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    diffusion = GaussianDiffusion(schedule, prediction)
+
+    def answer(xt, t):  # the estimate of x0 is zero, whatever the network predicts
+        signal, sigma = (rate[:, None, None, None] for rate in (schedule.signal_rate(t), schedule.noise_rate(t)))
+        return {"noise": xt / sigma, "v": signal * xt / sigma, "x0": torch.zeros_like(xt)}[prediction]
+
+    found = absolute_errors(diffusion, answer, x, batch_size=7)
+    assert found["image_l1"] == pytest.approx(float(x.abs().mean()), rel=1e-9)
+    place = (torch.arange(60, dtype=torch.float64) + 0.5) / 60
+    times = (place * 20).ceil().long() if isinstance(schedule.end, int) else place
+    ratio = schedule.signal_rate(times) / schedule.noise_rate(times)  # of the error of the noise to that of the image
+    assert found["noise_l1"] == pytest.approx(float((x.abs().mean((1, 2, 3)) * ratio).mean()), rel=1e-9)
+
+
+def test_absolute_errors_do_not_depend_on_the_batch_size():
+    x, diffusion = (
+        torch.randn(30, 1, 4, 4, generator=torch.Generator().manual_seed(1)),
+        GaussianDiffusion(OffsetCosineSchedule()),
+    )
+    one, other = (absolute_errors(diffusion, lambda xt, t: 0.5 * xt, x, batch_size=n) for n in (30, 8))
+    assert one == pytest.approx(other, rel=1e-6)

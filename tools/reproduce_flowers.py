@@ -1,0 +1,119 @@
+"""Train and judge the residual U-Net on flowers; write results/flowers_*.json and the weights that are shipped.
+
+    python tools/reproduce_flowers.py train            # about two hours of one processor core
+    python tools/reproduce_flowers.py judge ship       # distances for several numbers of steps, and flowers-ddim
+
+The run lies in runs/flowers102-ours-0, made by `diffusion-book train flowers102`; an interrupted one goes on, a finished
+one is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_book.cli import main as command
+from diffusion_book.core import write_whole
+from diffusion_book.ddim import ddim_invert
+from diffusion_book.flower_recipes import flowers_config, flowers_data, flowers_scores
+from diffusion_book.inspection import nearest_training_images
+from diffusion_book.sampling import sample
+from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "runs" / "flowers102-ours-0"
+ROWS: dict[str, dict[str, Any]] = {f"{steps} steps": {"steps": steps} for steps in (1, 2, 5, 10, 20, 40, 80)}
+ROWS |= {f"20 steps, eta {eta}": {"steps": 20, "eta": eta} for eta in (0.5, 1.0)}
+
+
+def train() -> None:
+    if command(["train", "flowers102", "--preset", "published", "--seed", "0", "--out", str(FOLDER)]):
+        raise SystemExit(f"{FOLDER}: the training failed")
+
+
+def judged(network: Pretrained, n: int, label: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table, taken from the folder where it was measured before."""
+    path = FOLDER / f"scores-{n}-{label.replace(' ', '-')}.json"
+    if not path.exists():
+        write_whole(path, json.dumps(flowers_scores(network, n, **changes), indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def inverted(network: Pretrained, n: int = 32, steps: int = 50) -> dict[str, float]:
+    """Real flowers to noise and back: the root of the mean squared error, in units of the data's deviation."""
+    _, held_out = flowers_data(flowers_config("ours", "published"))
+    x = held_out.normalise(held_out.images[:: len(held_out) // n][:n])
+    first = float(network.diffusion.schedule.grid(steps)[-2])
+    found = {}
+    for refine in (0, 1):
+        noise = sample(ddim_invert(network.diffusion, network.model, x, steps=steps, start=first, refine=refine), False)
+        back = sample(network.sampler(noise, steps=steps, eta=0.0, precision="float32"), False)
+        found[f"refine {refine}"] = float((back - x).square().mean().sqrt())
+    return found
+
+
+def memorised(network: Pretrained, n: int) -> dict[str, Any]:
+    """Distances to the nearest training image, of samples and of held-out images."""
+    train, held_out = flowers_data(flowers_config("ours", "published"))
+    samples = 2 * network.denormalise(network.sample(n, batch_size=250)) - 1
+    places = torch.tensor([0.01, 0.25, 0.5])
+    found: dict[str, Any] = {"quantiles": places.tolist()}
+    for name, images in (("samples", samples), ("held-out images", held_out.images[:n])):
+        near = nearest_training_images(images, train)
+        found[name] = {"copies": near.copies, "distance": near.distance[:, 0].quantile(places).tolist()}
+    return found
+
+
+def judge(n: int) -> None:
+    network = load_pretrained(FOLDER)
+    card = network.card
+    rows = {label: judged(network, n, label, changes) for label, changes in ROWS.items()}
+    record = {
+        "name": "flowers_ours",
+        "command": "python tools/reproduce_flowers.py train judge",
+        "sampler": "in each row",
+        "config": card["config"],
+        "environment": card["environment"],
+        "runs": {
+            "parameters": sum(p.numel() for p in network.model.parameters()),
+            "history": card["history"],
+            "rows": rows,
+            "inversion": inverted(network),
+            "nearest": memorised(network, n),
+        },
+    }
+    write_whole(ROOT / "results" / "flowers_ours.json", json.dumps(record, indent=1) + "\n")
+
+
+def ship(n: int) -> None:
+    """The weights in half precision, and their card with the scores of exactly these weights."""
+    target = ROOT / "diffusion_book" / "weights"
+    network = load_pretrained(FOLDER)
+    network.card["name"] = "flowers-ddim"
+    halved = load_pretrained(save_pretrained(FOLDER / "half", network, half=True))
+    halved.card["metrics"] = flowers_scores(halved, n)
+    save_pretrained(FOLDER / "half", halved, half=True)
+    for suffix in ("safetensors", "json"):
+        shutil.copy(FOLDER / "half" / f"weights.{suffix}", target / f"flowers-ddim.{suffix}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=["train", "judge", "ship"])
+    parser.add_argument("--n", type=int, default=1_000, help="samples of each row")
+    given = parser.parse_args()
+    if "train" in given.names:
+        train()
+    if "judge" in given.names:
+        judge(given.n)
+    if "ship" in given.names:
+        ship(given.n)
+
+
+if __name__ == "__main__":
+    main()
