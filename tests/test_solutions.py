@@ -16,6 +16,7 @@ from structure_rules import code_of, is_assertion
 SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the titles of parts, or chapters
     "A5_1_solutions": ("Part I:",),
     "A5_2_solutions": ("Part II:", "47_files", "48_folders", "52_checkpoint"),
+    "A5_3_solutions": ("Part III:",),
 }
 
 Cell = Mapping[str, object]
