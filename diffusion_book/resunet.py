@@ -107,6 +107,8 @@ class ResUNet(nn.Module):
     the schedule does not know.
     """
 
+    memory_format = torch.channels_last  # of everything inside: several times faster in bfloat16
+
     def __init__(
         self,
         schedule: Schedule = _PUBLISHED,  # turns t into the noise variance
@@ -163,7 +165,7 @@ class ResUNet(nn.Module):
         y: None = None,  # for denoisers with classes; this one has none
     ) -> Tensor:  # (n, channels, H, W)
         _check_call(x, t, y, self.channels, self.levels - 1)
-        x = x.contiguous(memory_format=torch.channels_last)  # and so stays everything after it: faster in bfloat16
+        x = x.contiguous(memory_format=self.memory_format)  # everything after it follows
         h, left = self._tell(self.conv_in(x), self.schedule.noise_rate(t) ** 2), []
         for i in range(1, self.levels):
             for name in self._names(f"down_{i}"):
@@ -181,4 +183,4 @@ class ResUNet(nn.Module):
     def _tell(self, h: Tensor, variance: Tensor) -> Tensor:
         """Waves of the variance as constant maps beside the channels, in the same precision and memory layout."""
         waves = self.embedding(variance).to(h.dtype)[:, :, None, None].expand(-1, -1, *h.shape[2:])
-        return torch.cat([h, waves.contiguous(memory_format=torch.channels_last)], dim=1)
+        return torch.cat([h, waves.contiguous(memory_format=self.memory_format)], dim=1)
