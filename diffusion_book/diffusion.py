@@ -187,10 +187,12 @@ class GaussianDiffusion(ForwardProcess):
 # %% ../nbs/04_diffusion.ipynb #119ce1e1
 def with_gain(
     gain: float,  # the distance from `low` is multiplied by this; 1 only clips
-    low: float = -1.0,  # black
-    high: float = 1.0,  # white
+    low: float | None = -1.0,  # black; None, with high, for standardised data
+    high: float | None = 1.0,  # white
 ) -> Callable[[Tensor], Tensor]:  # for `clip`
-    """Estimates of x0 stretched away from black, then cut at both ends. ValueError unless gain > 0 and low < high."""
-    if not (gain > 0 and low < high):
+    """x0 stretched away from black, then cut; without ends away from 0. ValueError unless gain > 0 and low < high."""
+    if gain > 0 and low is None and high is None:
+        return lambda x0: gain * x0
+    if low is None or high is None or not (gain > 0 and low < high):
         raise ValueError(f"need gain > 0 and low < high; got gain={gain!r}, low={low!r}, high={high!r}")
     return lambda x0: (low + gain * (x0 - low)).clamp(low, high)

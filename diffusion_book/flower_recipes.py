@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from .precision import in_precision
 from .weights import Pretrained
 
 # %% auto #0
-__all__ = ['FLOWER_RECIPES', 'FlowersConfig', 'flowers_config', 'flowers_data', 'flowers_card', 'flowers_training',
-           'flowers_scores']
+__all__ = ['FLOWER_RECIPES', 'FlowersConfig', 'flowers_config', 'flowers_data', 'flowers_card', 'contrast_gain',
+           'flowers_training', 'flowers_scores']
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #46031c1b
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class FlowersConfig:
     precision: str = "bf16"
     steps: int = 20  # moves of the sampler
     eta: float = 0.0
+    match_contrast: bool = False  # a gain on the estimates of x0, measured after training
     samples: int = 1_000  # drawn to judge the network
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #70ae54c6
@@ -57,7 +57,9 @@ FLOWER_RECIPES = {
     "keras": _KERAS,
     "jax": replace(_KERAS, shortcut_kernel=3, image_weight=1.0),
     "julia": replace(_KERAS, project_first=True, image_weight=1.0),
-    "ours": replace(_KERAS, prediction="v", loss="mse", flips=True, learning_rate=2e-3, one_cycle=True),
+    "ours": replace(
+        _KERAS, prediction="v", loss="mse", flips=True, learning_rate=2e-3, one_cycle=True, match_contrast=True
+    ),
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"data": "petals", "size": 16, "widths": (8, 16, 24), "epochs": 1, "samples": 32},
@@ -67,11 +69,6 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #18ec6bdc
-def _known(what: str, given: set[str], allowed: Mapping[str, Any]) -> None:
-    if wrong := given - allowed.keys():
-        raise ValueError(f"{what} must be one of {', '.join(allowed)}; got {', '.join(sorted(wrong))!r}")
-
-
 def flowers_config(
     recipe: str = "ours",  # or "keras", "jax", "julia"
     preset: str | None = None,  # tiny, quick, full or published; `preset_name()` if not given
@@ -79,9 +76,10 @@ def flowers_config(
 ) -> FlowersConfig:
     """The settings of a run on flowers. Raises ValueError for a recipe, preset or field that does not exist."""
     preset = preset_name() if preset is None else preset
-    _known("recipe", {recipe}, FLOWER_RECIPES)
-    _known("preset", {preset}, _SIZES)
-    _known("field", {*changes}, {field.name: field for field in fields(FlowersConfig)})
+    allowed: dict[str, Any] = {"recipe": FLOWER_RECIPES, "preset": _SIZES, "field": FlowersConfig.__dataclass_fields__}
+    for (what, known), given in zip(allowed.items(), ({recipe}, {preset}, {*changes}), strict=True):
+        if wrong := given - known.keys():
+            raise ValueError(f"{what} must be one of {', '.join(known)}; got {', '.join(sorted(wrong))!r}")
     return replace(FLOWER_RECIPES[recipe], **_SIZES[preset] | changes)
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #4504a51d
@@ -119,6 +117,19 @@ def flowers_card(
     }
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #794d65d9
+def contrast_gain(
+    trained: Pretrained,
+    images: Images,  # what the samples should be as rich in contrast as
+    n: int = 128,  # samples of each of two gains, 1 and 1.05
+) -> float:  # between 1 and 1.15, where the line through both meets the images' deviation
+    """The gain with which samples have the deviation of the data: chosen by contrast, not by a score."""
+    wanted, found = float(images.normalise(images.images).std()), []
+    for gain in (1.0, 1.05):
+        found.append(float(trained.sample(n, seed=1, progress=False, gain=gain).std()))
+    slope = max((found[1] - found[0]) / 0.05, 1e-6)
+    return round(min(max(1 + (wanted - found[0]) / slope, 1.0), 1.15), 3)
+
+
 def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
     rate = config.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True)
@@ -156,6 +167,8 @@ def flowers_training(
     trained.card["history"] = fit(trained.model, loss, train, optimizer, streams, **options)
     trained.card["environment"] = environment()
     trained.model.eval()
+    if config.match_contrast:
+        trained.card["sampler"]["gain"] = contrast_gain(trained, train)
     return trained
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #b0f1c3d2

@@ -109,7 +109,7 @@ class Pretrained:
         options = _options(self.card, changes)
         gain = options.pop("gain", None)
         if gain is not None:
-            options["clip"] = with_gain(gain, *options.get("clip") or (-1.0, 1.0))
+            options["clip"] = with_gain(gain, *options.get("clip") or (None, None))
         kind, precision = _choose("sampler", options.pop("name"), _SAMPLERS), options.pop("precision", "float32")
         return kind(self.diffusion, in_precision(self.model, precision), x, generator=generator, **options)
 

@@ -284,9 +284,13 @@ def test_a_gain_moves_white_and_leaves_black():
     assert with_gain(1.5)(x0).tolist() == expected
     assert with_gain(2.0, low=0.0, high=3.0)(x0).tolist() == [0, 0, 0, 0, 0, 1, 2, 3, 3]
     assert torch.equal(with_gain(1.0)(x0), x0.clamp(-1, 1))
+    assert torch.equal(with_gain(1.5, None, None)(x0), 1.5 * x0)
 
 
-@pytest.mark.parametrize("bad", [{"gain": 0.0}, {"gain": -1.0}, {"gain": float("nan")}, {"gain": 1.0, "low": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"gain": 0.0}, {"gain": -1.0}, {"gain": float("nan")}, {"gain": 1.0, "low": 1.0}, {"gain": 1.0, "low": None}],
+)
 def test_gains_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match="need gain > 0 and low < high"):
         with_gain(**bad)
