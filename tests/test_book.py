@@ -52,7 +52,7 @@ return {
   formulas: main.querySelectorAll('mjx-container').length || main.querySelectorAll('math').length,
   unset: [...main.querySelectorAll('.math')].filter(e => !e.querySelector('mjx-container, math')).length,
   broken: main.querySelectorAll('mjx-merror, merror').length,
-  raw: prose.textContent.match(/\$\$|\\\(|\\\[|\\begin\{|\{\{<|^#\||```/m)?.[0] ?? '',
+  raw: prose.textContent.match(/\$\$|\\\(|\\\[|\\begin\{|\{\{<|^#\||```|\| *(—|-{3}):? *\|/m)?.[0] ?? '',
   images: [...document.querySelectorAll('img')].map(
     i => ({src: i.src.slice(0, 90), alt: i.alt.trim(), loaded: i.complete && i.naturalWidth > 0})),
   page: [document.documentElement.scrollWidth, width],

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BY_HAND = {"__init__.py"}  # the one Python file of the package that no notebook writes
+BY_HAND = {"__init__.py", "__main__.py"}  # the Python files of the package that no notebook writes
 
 
 def copy_project(root: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,15 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@cache
+def drawn(folder: Path, n: int) -> torch.Tensor:
+    """The samples by which a run is judged, as x."""
+    return load_pretrained(folder).sample(n)
+
+
 def curve(folder: Path, n: int) -> list[dict[str, Any]]:
     """The plain distance of ten random subsets for several numbers of samples; the last row is all of them."""
-    network = load_pretrained(folder)
-    features = lenet_features(2 * network.denormalise(network.sample(n)) - 1)
+    features = lenet_features(drawn(folder, n))
     generator = torch.Generator().manual_seed(derive_seed(0, "subsets"))
     rows = []
     for size in SIZES:
@@ -135,8 +141,7 @@ def ship(folder: Path, score: dict[str, Any]) -> None:
 def inspected(folder: Path, n: int) -> dict[str, Any]:
     """What one number hides: digits by their counts, ink, means, and the nearest training image of every sample."""
     train, test = load("mnist"), load("mnist", "test")
-    network = load_pretrained(folder)
-    samples = network.sample(n)
+    samples = drawn(folder, n)
     quarter = torch.tensor([0.01, 0.05, 0.25, 0.5, 0.75])
     found = {}
     for name, images in (("samples", samples), ("test images", test.images)):

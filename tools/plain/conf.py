@@ -30,6 +30,7 @@ nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True
+nb_render_markdown_format = "myst"  # outputs in Markdown have tables too
 
 html_theme = "sphinx_book_theme"
 html_title = project
