@@ -30,7 +30,7 @@ def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
     place = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return place, (place * schedule.end).ceil().long() if isinstance(schedule.end, int) else place * schedule.end
 
-
+# %% ../nbs/53_fit.ipynb #c0f1c3d1
 @torch.no_grad()
 def validation_loss(
     diffusion: GaussianDiffusion,
@@ -174,9 +174,7 @@ def fit(
     config: Mapping[str, Any] | None = None,  # plain values; a checkpoint with others is refused
     save_every: int = 500,  # steps between checkpoints; every epoch ends with one
     progress: bool = True,  # show a bar
-) -> list[
-    dict[str, Any]
-]:  # a row per epoch: epoch, step, mean loss, seconds on the clock and of all cores, validate's items
+) -> list[dict[str, Any]]:  # a row per epoch: epoch, step, mean loss, seconds, cpu_seconds, validate's items
     """Train for some epochs, or finish what lies in `folder`: on a CPU bit for bit the same as without interruption.
 
     Raises FloatingPointError, with all checkpoints untouched, where the mean loss of an epoch is not finite.

@@ -101,22 +101,26 @@ def flowers_card(
     """What a run on flowers trains, how it samples and what its pixels mean, as plain values."""
     network: dict[str, Any] = {"network": "ResUNet", "widths": list(config.widths)}
     network |= {"shortcut_kernel": config.shortcut_kernel, "project_first": config.project_first}
+    scale = {"mean": images.mean.tolist(), "std": images.std.tolist()}
     return {
         "name": f"{config.data}-resunet",
         "diffusion": {"schedule": "offset-cosine", "prediction": config.prediction},
         "network": network,
         "sampler": {"name": "ddim", "steps": config.steps, "eta": config.eta, "precision": config.precision},
-        "data": {
-            "name": config.data,
-            "shape": list(images.images.shape[1:]),
-            "mean": images.mean.tolist(),
-            "std": images.std.tolist(),
-        },
+        "data": {"name": config.data, "shape": list(images.images.shape[1:]), **scale},
         "seed": seed,
         "config": asdict(config),
     }
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #794d65d9
+def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
+    rate = config.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True)
+    if not config.one_cycle:
+        return optimizer, None
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+
+# %% ../nbs/A2_2_flower_recipes.ipynb #c0f1c3e2
 def contrast_gain(
     trained: Pretrained,
     images: Images,  # what the samples should be as rich in contrast as
@@ -129,15 +133,7 @@ def contrast_gain(
     slope = max((found[1] - found[0]) / 0.05, 1e-6)
     return round(min(max(1 + (wanted - found[0]) / slope, 1.0), 1.15), 3)
 
-
-def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
-    rate = config.learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True)
-    if not config.one_cycle:
-        return optimizer, None
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
-
-
+# %% ../nbs/A2_2_flower_recipes.ipynb #c0f1c3e4
 def flowers_training(
     config: FlowersConfig,
     streams: RandomStreams,  # weights and noise come from here, the order of the images from its seed
@@ -147,25 +143,23 @@ def flowers_training(
     """Train a residual U-Net on flowers, or finish what an interrupted call has left in the folder."""
     train, held_out = flowers_data(config)
     trained = Pretrained.fresh(flowers_card(config, streams.seed, train), streams.initialisation)
-    diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
+    diffusion, denoiser, noise = trained.diffusion, in_precision(trained.model, config.precision), streams.noise
     optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
-    x = held_out.normalise(held_out.images)
 
     def loss(_: Any, batch: Any) -> Tensor:
-        kind: dict[str, Any] = {"loss": config.loss, "image_weight": config.image_weight}
-        return diffusion.loss(denoiser, batch[0], generator=streams.noise, **kind)
+        return diffusion.loss(denoiser, batch[0], loss=config.loss, image_weight=config.image_weight, generator=noise)
 
     def validate() -> dict[str, float]:
         trained.model.eval()  # running statistics, and they stay as they are
-        found = absolute_errors(diffusion, denoiser, x)
+        found = absolute_errors(diffusion, denoiser, held_out.normalise(held_out.images))
         trained.model.train()
         return found
 
     options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs")}
-    options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
     options |= {"scheduler": scheduler, "validate": validate, "augment": flip if config.flips else None}
-    trained.card["history"] = fit(trained.model, loss, train, optimizer, streams, **options)
-    trained.card["environment"] = environment()
+    options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
+    history = fit(trained.model, loss, train, optimizer, streams, **options)
+    trained.card |= {"history": history, "environment": environment()}
     trained.model.eval()
     if config.match_contrast:
         trained.card["sampler"]["gain"] = contrast_gain(trained, train)
