@@ -316,12 +316,6 @@ def test_accuracy_of_the_card_where_the_flowers_are():
     assert five == pytest.approx(card["held_out_accuracy_of_five"], abs=0.002)
 
 
-def test_every_fifth_of_each_split_is_held_out():
-    split = torch.tensor([0] * 7 + [2, 1] * 10)
-    held = train_flowernet.held_out(split)
-    assert held.nonzero()[:, 0].tolist() == [4, 15, 16, 25, 26]
-
-
 def test_the_tool_learns_and_repeats_itself():
     images = load("digits", "test", size=64).take(slice(0, 192))
     images = train_flowernet.Images(
