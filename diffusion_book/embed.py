@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['sinusoidal_frequencies', 'SinusoidalEmbedding', 'sinusoidal_table', 'check_range']
+__all__ = ['sinusoidal_frequencies', 'SinusoidalEmbedding', 'sinusoidal_table', 'check_range', 'check_images']
 
 # %% ../nbs/05_time.ipynb #358847d8
 def sinusoidal_frequencies(
@@ -88,3 +88,22 @@ def check_range(
         return
     if not lowest <= low <= high <= highest:
         raise ValueError(f"{name} must lie in {lowest}..{highest}; got {low:.7g} to {high:.7g}")
+
+# %% ../nbs/05_time.ipynb #d0f1c3a2
+def check_images(
+    x: Tensor,  # should be (n, channels, H, W)
+    t: Tensor,  # should be (n,)
+    channels: int,
+    halvings: int,  # how often a network halves the sides
+) -> None:
+    """ValueError for shapes that do not fit, and for sides that are no multiple of 2 ** halvings."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must have shape (n, {channels}, H, W); got {tuple(x.shape)}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must hold one time per image, shape ({len(x)},); got shape {tuple(t.shape)}")
+    step = 2**halvings
+    for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+        if size % step or size == 0:
+            below = size // step * step
+            near = f"{below} or {below + step}" if below else f"{step}"
+            raise ValueError(f"{name} must be a multiple of {step} ({halvings} halvings); got {size}, next to {near}")

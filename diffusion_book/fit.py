@@ -30,6 +30,14 @@ def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
     place = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     return place, (place * schedule.end).ceil().long() if isinstance(schedule.end, int) else place * schedule.end
 
+
+def _noised(diffusion: GaussianDiffusion, x: Tensor, seed: int, size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of x0, times, noise and x_t: the same for every network that is judged."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "validation"))
+    for x0, t in zip(x.split(size), _even_times(diffusion.schedule, len(x))[1].split(size), strict=True):
+        noise, t = torch.randn(x0.shape, generator=generator).to(x0), t.to(x0.device)
+        yield x0, t, noise, diffusion.q_sample(x0, t, noise)
+
 # %% ../nbs/53_fit.ipynb #c0f1c3d1
 @torch.no_grad()
 def validation_loss(
@@ -48,13 +56,9 @@ def validation_loss(
     n = len(x)
     if not 1 <= bins <= n:
         raise ValueError(f"bins must lie in 1..{n} (the rows of x); got {bins}")
-    place, times = _even_times(diffusion.schedule, n)
-    part, errors = (place * bins).long(), []
-    generator = torch.Generator().manual_seed(derive_seed(seed, "validation"))
-    for rows in torch.arange(n).split(batch_size):
-        x0, t = x[rows], times[rows].to(x.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        error = model(diffusion.q_sample(x0, t, noise), t) - diffusion.target(x0, t, noise)
+    part, errors = (_even_times(diffusion.schedule, n)[0] * bins).long(), []
+    for x0, t, noise, xt in _noised(diffusion, x, seed, batch_size):
+        error = model(xt, t) - diffusion.target(x0, t, noise)
         errors.append(error.double().square().flatten(1).mean(1).cpu())
     total = torch.zeros(bins, dtype=torch.float64).index_add(0, part, torch.cat(errors))
     return total / part.bincount(minlength=bins)
@@ -68,12 +72,8 @@ def absolute_errors(
     batch_size: int = 250,
 ) -> dict[str, float]:  # noise_l1 and image_l1, means over everything
     """Mean absolute errors of both estimates; row i of n has the time at (i + 1/2) / n, and noise of its own."""
-    generator = torch.Generator().manual_seed(derive_seed(0, "validation"))
-    times, total = _even_times(diffusion.schedule, len(x))[1], torch.zeros(2, dtype=torch.float64)
-    for rows in torch.arange(len(x)).split(batch_size):
-        x0, t = x[rows], times[rows].to(x.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        xt = diffusion.q_sample(x0, t, noise)
+    total = torch.zeros(2, dtype=torch.float64)
+    for x0, t, noise, xt in _noised(diffusion, x, 0, batch_size):
         found = diffusion.predict(model(xt, t), xt, t)
         pairs = zip((noise, x0), reversed(found), strict=True)
         total += torch.stack([(a - b).abs().double().flatten(1).mean(1).sum().cpu() for a, b in pairs])

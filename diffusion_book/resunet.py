@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, silu
 
-from .embed import SinusoidalEmbedding
+from .embed import SinusoidalEmbedding, check_images
 from .schedule import OffsetCosineSchedule, Schedule
 
 _PUBLISHED = OffsetCosineSchedule()
@@ -27,21 +26,6 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> str:
 
 # %% auto #0
 __all__ = ['geometric_frequencies', 'ResidualBlock', 'count_statistics', 'ResUNet']
-
-# %% ../nbs/32_resunet.ipynb #9244295a
-def _check_call(x: Tensor, t: Tensor, y: Any, channels: int, halvings: int) -> None:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must have shape (n, {channels}, H, W); got {tuple(x.shape)}")
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must hold one time per image, shape ({len(x)},); got shape {tuple(t.shape)}")
-    if y is not None:
-        raise ValueError("y was given, but this network has no classes: call it without labels")
-    step = 2**halvings
-    for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-        if size % step or size == 0:
-            below = size // step * step
-            near = f"{below} or {below + step}" if below else f"{step}"
-            raise ValueError(f"{name} must be a multiple of {step} ({halvings} halvings); got {size}, next to {near}")
 
 # %% ../nbs/32_resunet.ipynb #c6de6c1d
 def geometric_frequencies(
@@ -164,7 +148,9 @@ class ResUNet(nn.Module):
         t: Tensor,  # (n,) times of the schedule
         y: None = None,  # for denoisers with classes; this one has none
     ) -> Tensor:  # (n, channels, H, W)
-        _check_call(x, t, y, self.channels, self.levels - 1)
+        check_images(x, t, self.channels, self.levels - 1)
+        if y is not None:
+            raise ValueError("y was given, but this network has no classes: call it without labels")
         x = x.contiguous(memory_format=self.memory_format)  # everything after it follows
         h, left = self._tell(self.conv_in(x), self.schedule.noise_rate(t) ** 2), []
         for i in range(1, self.levels):

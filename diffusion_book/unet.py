@@ -11,19 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ClassEmbedding, Downsample, ResBlock, SpatialAttention, TimeEmbedding, Upsample
-
-
-def _check_inputs(x: Tensor, t: Tensor, in_channels: int, halvings: int) -> None:
-    if x.ndim != 4 or x.shape[1] != in_channels:
-        raise ValueError(f"x must have shape (n, {in_channels}, H, W); got {tuple(x.shape)}")
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must hold one time per image, shape ({len(x)},); got shape {tuple(t.shape)}")
-    step = 2**halvings
-    for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-        if size % step or size == 0:
-            below = size // step * step
-            near = f"{below} or {below + step}" if below else f"{step}"
-            raise ValueError(f"{name} must be a multiple of {step} ({halvings} halvings); got {size}, next to {near}")
+from .embed import check_images
 
 # %% auto #0
 __all__ = ['initialise', 'UNetFixed', 'UNet']
@@ -85,7 +73,7 @@ class UNetFixed(nn.Module):
         x: Tensor,  # (n, in_channels, H, W), H and W multiples of 4
         t: Tensor,  # (n,) int64, 1..T
     ) -> Tensor:  # (n, in_channels, H, W)
-        _check_inputs(x, t, self.in_channels, halvings=2)
+        check_images(x, t, self.in_channels, halvings=2)
         time = self.time(t)
         one = self.down_1(self.init(x), time)
         two = self.down_2(self.downsample_1(one), time)
@@ -162,7 +150,7 @@ class UNet(nn.Module):
         t: Tensor,  # (n,) int64, 1..T
         y: Tensor | None = None,  # (n,) int64 labels, 0..K; None: no label for the whole batch
     ) -> Tensor:  # (n, in_channels, H, W)
-        _check_inputs(x, t, self.in_channels, self.levels - 1)
+        check_images(x, t, self.in_channels, self.levels - 1)
         if self.label is None and y is not None:
             raise ValueError("y was given, but this network has no classes: build it with num_classes=K")
         told = self.time(t) if self.label is None else self.label(self.time(t), y)
