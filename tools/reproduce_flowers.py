@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from frozen import ship
 
 from diffusion_book.cli import main as command
 from diffusion_book.core import write_whole
@@ -23,7 +23,7 @@ from diffusion_book.ddim import ddim_invert
 from diffusion_book.flower_recipes import flowers_config, flowers_data, flowers_scores
 from diffusion_book.inspection import nearest_training_images
 from diffusion_book.sampling import sample
-from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
+from diffusion_book.weights import Pretrained, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "flowers102-ours-0"
@@ -90,18 +90,6 @@ def judge(n: int) -> None:
     write_whole(ROOT / "results" / "flowers_ours.json", json.dumps(record, indent=1) + "\n")
 
 
-def ship(n: int) -> None:
-    """The weights in half precision, and their card with the scores of exactly these weights."""
-    target = ROOT / "diffusion_book" / "weights"
-    network = load_pretrained(FOLDER)
-    network.card["name"] = "flowers-ddim"
-    halved = load_pretrained(save_pretrained(FOLDER / "half", network, half=True))
-    halved.card["metrics"] = flowers_scores(halved, n)
-    save_pretrained(FOLDER / "half", halved, half=True)
-    for suffix in ("safetensors", "json"):
-        shutil.copy(FOLDER / "half" / f"weights.{suffix}", target / f"flowers-ddim.{suffix}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=["train", "judge", "ship"])
@@ -112,7 +100,7 @@ def main() -> None:
     if "judge" in given.names:
         judge(given.n)
     if "ship" in given.names:
-        ship(given.n)
+        ship(FOLDER, "flowers-ddim", lambda halved: flowers_scores(halved, given.n))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from frozen import ship
 
 from diffusion_book.cli import main as command
 from diffusion_book.core import derive_seed, environment, write_whole
@@ -27,7 +27,7 @@ from diffusion_book.digits import RECIPES, digits_config
 from diffusion_book.inspection import class_mean_score, label_counts, nearest_training_images
 from diffusion_book.lenet import lenet_features, unit_pixels
 from diffusion_book.metrics import fld
-from diffusion_book.weights import evaluate, load_pretrained, save_pretrained
+from diffusion_book.weights import evaluate, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATION_EPOCHS = 3
@@ -125,19 +125,6 @@ def write(name: str, arguments: str, config: Any, runs: Any) -> None:
     write_whole(ROOT / "results" / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
-def ship(folder: Path, score: dict[str, Any]) -> None:
-    """The weights of a run, in half precision, and its card with the score of exactly these weights."""
-    target = ROOT / "diffusion_book" / "weights"
-    network = load_pretrained(folder)
-    network.card["name"] = "mnist-unet"
-    halved = load_pretrained(save_pretrained(folder / "half", network, half=True))
-    score = evaluate(halved, score["n"])
-    halved.card["metrics"] = score
-    save_pretrained(folder / "half", halved, half=True)
-    for suffix in ("safetensors", "json"):
-        shutil.copy(folder / "half" / f"weights.{suffix}", target / f"mnist-unet.{suffix}")
-
-
 def inspected(folder: Path, n: int) -> dict[str, Any]:
     """What one number hides: digits by their counts, ink, means, and the nearest training image of every sample."""
     train, test = load("mnist"), load("mnist", "test")
@@ -161,7 +148,7 @@ def recipe(name: str, given: argparse.Namespace) -> None:
     runs = [told(folder, judged(folder, given.n)) for folder in folders]
     write(f"mnist_{name}", f"{name} --seeds {given.seeds}", asdict(digits_config(name, "published")), runs)
     if given.ship:
-        ship(folders[0], runs[0])
+        ship(folders[0], "mnist-unet", lambda halved: evaluate(halved, given.n))
 
 
 def ablation(given: argparse.Namespace) -> None:

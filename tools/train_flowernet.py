@@ -8,18 +8,16 @@ out (`eighty_twenty`). The weights are frozen: the tool refuses to replace them 
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import time
 from pathlib import Path
 
 import torch
+from frozen import freeze, options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from diffusion_book.core import environment, seed_all, write_whole
+from diffusion_book.core import seed_all
 from diffusion_book.data import Images, batches, flip, load, random_crop
 from diffusion_book.flowers import eighty_twenty
 from diffusion_book.image_distances import FlowerNet
@@ -76,49 +74,33 @@ def train(images: Images, epochs: int, seed: int) -> FlowerNet:
 
 
 def main() -> None:
-    import safetensors
-    from safetensors.torch import save
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=ROOT / "diffusion_book" / "weights")
-    parser.add_argument("--replace", action="store_true", help="overwrite weights that are there")
-    arguments = parser.parse_args()
-    target = arguments.folder / "flowernet.safetensors"
-    if target.exists() and not arguments.replace:
-        parser.error(f"{target.name} is there and frozen; --replace starts a new book of scores")
+    given = options(__doc__, "flowernet", epochs=60)
     torch.set_num_threads(1)
     started = time.perf_counter()
     images, held_out = flowers()
-    model = train(images, arguments.epochs, arguments.seed)
+    model = train(images, given.epochs, given.seed)
     seconds = time.perf_counter() - started
-    halves = {name: value.contiguous() for name, value in model.half().state_dict().items()}
-    content = save(halves)
+    halves = {name: value.clone() for name, value in model.half().state_dict().items()}
     model.float()  # judged as it is shipped: rounded to half precision
     first, five = accuracy(model, held_out)
     config = {"split": "eighty_twenty of the official parts", "batch_size": BATCH, "optimizer": "AdamW",
-              "learning_rate": RATE, "weight_decay": DECAY, "learning_rate_schedule": "one cycle", "epochs": arguments.epochs,
+              "learning_rate": RATE, "weight_decay": DECAY, "learning_rate_schedule": "one cycle", "epochs": given.epochs,
               "label_smoothing": SMOOTHING, "augmentation": f"mirrored, parts of {AREA} of the area",
               "precision": "bfloat16 in training, stored in float16", "selection": "the last epoch"}  # fmt: skip
     card = {
         "name": "flowernet",
-        "command": f"python tools/train_flowernet.py --epochs {arguments.epochs} --seed {arguments.seed}",
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "command": f"python tools/train_flowernet.py --epochs {given.epochs} --seed {given.seed}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_images": len(images),
         "training_accuracy": accuracy(model, images)[0],
         "held_out_images": len(held_out),
         "held_out_accuracy": first,  # looked at once, after everything was chosen
         "held_out_accuracy_of_five": five,
-        "seed": arguments.seed,
+        "seed": given.seed,
         "config": config,
-        "environment": {**environment(), "preset": "published", "safetensors": safetensors.__version__},
         "seconds": round(seconds, 1),
     }
-    write_whole(target, content)
-    write_whole(target.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
-    print(json.dumps(card, indent=1))
+    freeze(given.target, halves, card)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,20 @@ weights: the tool refuses to replace them unless it is told to (--replace).
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import torch
+from frozen import freeze, options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm.auto import tqdm
 
-from diffusion_book.core import RandomStreams, environment, write_whole
+from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.lenet import LeNet5
 from diffusion_book.train import train_steps
 
-ROOT = Path(__file__).resolve().parent.parent
 VALIDATION, BATCH, RATE, SHIFT = 6_000, 128, 2e-3, 2
 
 
@@ -87,46 +82,25 @@ def train(epochs: int, seed: int) -> tuple[LeNet5, dict[str, float]]:
 
 
 def main() -> None:
-    import safetensors
-    from safetensors.torch import save
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=ROOT / "diffusion_book" / "weights")
-    parser.add_argument("--replace", action="store_true", help="overwrite weights that are there")
-    arguments = parser.parse_args()
-    target = arguments.folder / "lenet.safetensors"
-    if target.exists() and not arguments.replace:
-        parser.error(f"{target.name} is there and frozen; --replace starts a new book of scores")
+    given = options(__doc__, "lenet", epochs=15)
     torch.set_num_threads(1)  # the same sums in the same order, whatever the machine
     started = time.perf_counter()
-    model, best = train(arguments.epochs, arguments.seed)
+    model, best = train(given.epochs, given.seed)
     seconds = time.perf_counter() - started
-    content = save({name: value.contiguous() for name, value in model.state_dict().items()})
     config = {"split": "54,000 / 6,000", "batch_size": BATCH, "optimizer": "Adam", "learning_rate": RATE,
-              "learning_rate_schedule": "cosine to zero", "epochs": arguments.epochs, "augmentation":
+              "learning_rate_schedule": "cosine to zero", "epochs": given.epochs, "augmentation":
               f"shifts of up to {SHIFT} pixels", "selection": "the epoch with the best validation accuracy"}  # fmt: skip
     card = {
         "name": "lenet",
-        "command": f"python tools/train_lenet.py --epochs {arguments.epochs} --seed {arguments.seed}",
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "command": f"python tools/train_lenet.py --epochs {given.epochs} --seed {given.seed}",
         "parameters": sum(p.numel() for p in model.parameters()),
         **best,
         "test_accuracy": accuracy(model, *digits("test")),  # looked at once, after everything was chosen
-        "seed": arguments.seed,
+        "seed": given.seed,
         "config": config,
-        "environment": {
-            **environment(),
-            "preset": "published",
-            "safetensors": safetensors.__version__,
-            "numpy": np.__version__,
-        },
         "seconds": round(seconds, 1),
     }
-    write_whole(target, content)
-    write_whole(target.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
-    print(json.dumps(card, indent=1))
+    freeze(given.target, model.state_dict(), card)
 
 
 if __name__ == "__main__":
