@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import random
@@ -14,13 +15,14 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['device', 'preset_name', 'data_dir', 'environment', 'derive_seed', 'seed_all', 'RandomStreams', 'write_whole',
-           'randn_like']
+__all__ = ['device', 'preset_name', 'data_dir', 'environment', 'load_result', 'derive_seed', 'seed_all', 'RandomStreams',
+           'write_whole', 'randn_like']
 
 # %% ../nbs/01_setup.ipynb #9aa61845
 _PRESETS = ("tiny", "quick", "full", "published")
@@ -69,6 +71,33 @@ def environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "preset": preset_name(),
     }
+
+# %% ../nbs/01_setup.ipynb #149e9c3b
+_HOME = "https://raw.githubusercontent.com/diffusion-book/diffusion-book/main"
+
+
+def load_result(
+    name: str,  # of a file in results/, without .json
+) -> dict[str, Any]:  # command, config, environment, runs and more
+    """A published run: read beside the notebooks, else from the book's home.
+
+    Raises FileNotFoundError for a run that does not exist, ConnectionError where it is not here and nothing answers.
+    """
+    for folder in (Path.cwd() / "results", Path.cwd().parent / "results"):
+        if (found := folder / f"{name}.json").exists():
+            return json.loads(found.read_text(encoding="utf-8"))
+    from urllib.error import HTTPError, URLError  # only here: an import of 20 ms
+    from urllib.request import urlopen
+
+    address = f"{_HOME}/results/{name}.json"
+    try:
+        with urlopen(address, timeout=30) as page:
+            return json.load(page)
+    except HTTPError as error:
+        raise FileNotFoundError(f"no result {name!r}: not in results/ here, and {address} says {error.code}") from error
+    except (URLError, TimeoutError) as error:
+        told = f"the result {name!r} is not in results/ here, and {address} does not answer ({error})"
+        raise ConnectionError(f"{told}; run from a clone of the book, or go online") from error
 
 # %% ../nbs/01_setup.ipynb #b7664797
 def derive_seed(

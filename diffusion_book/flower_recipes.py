@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def flowers_training(
     streams: RandomStreams,  # weights and noise come from here, the order of the images from its seed
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     progress: bool = True,  # show a bar
+    watch: Callable[[Pretrained], Any] | None = None,  # called after each epoch, to draw from the network as it is
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a residual U-Net on flowers, or finish what an interrupted call has left in the folder."""
     train, held_out = flowers_data(config)
@@ -152,6 +154,8 @@ def flowers_training(
     def validate() -> dict[str, float]:
         trained.model.eval()  # running statistics, and they stay as they are
         found = absolute_errors(diffusion, denoiser, held_out.normalise(held_out.images))
+        if watch is not None:
+            watch(trained)
         trained.model.train()
         return found
 

@@ -1,10 +1,14 @@
 """core: presets, folders, seeds and the four streams."""
 
+import configparser
 import errno
+import json
 import os
 import random
 import tempfile
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +247,51 @@ def test_threads_that_write_one_file_never_mix(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed and seen <= set(contents) and list(tmp_path.iterdir()) == [target]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A stand-in for the book's home, and an empty folder to stand in."""
+    pages, here = tmp_path / "pages", tmp_path / "here"
+    here.mkdir()
+    core.write_whole(pages / "results" / "far.json", json.dumps({"name": "far", "runs": [1]}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(pages)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(core, "_HOME", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.chdir(here)
+    yield here
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("folder", ["results", "../results"])
+def test_a_result_beside_or_above_comes_before_that_of_the_home(home, folder):
+    core.write_whole(home / folder / "far.json", json.dumps({"name": "near"}))
+    assert core.load_result("far")["name"] == "near"
+
+
+def test_a_result_that_is_not_here_comes_from_the_home(home):
+    assert core.load_result("far")["runs"] == [1] and not list(home.iterdir())
+
+
+def test_a_result_that_is_nowhere_is_told(home):
+    with pytest.raises(FileNotFoundError, match=r"no result 'nowhere': .* says 404"):
+        core.load_result("nowhere")
+
+
+def test_a_home_that_does_not_answer_is_told(home, monkeypatch):
+    monkeypatch.setattr(core, "_HOME", "http://127.0.0.1:1")
+    with pytest.raises(ConnectionError, match=r"'far' is not in results/ here, .* go online"):
+        core.load_result("far")
+
+
+def test_the_home_is_that_of_the_settings():
+    settings = configparser.ConfigParser()
+    settings.read(Path(__file__).parent.parent / "settings.ini")
+    where = settings["DEFAULT"]
+    assert f"githubusercontent.com/{where['user']}/{where['repo']}/{where['branch']}" in core._HOME

@@ -1,9 +1,10 @@
-"""Train and judge the residual U-Net on flowers; write results/flowers_*.json and the weights that are shipped.
+"""Train and judge residual U-Nets on flowers; write results/flowers_ours.json, petals_losses.json, and shipped weights.
 
     python tools/reproduce_flowers.py train            # about two hours of one processor core
     python tools/reproduce_flowers.py judge ship       # distances for several numbers of steps, and flowers-ddim
+    python tools/reproduce_flowers.py losses --seeds 2 # small networks on drawn flowers, one for each loss
 
-The run lies in runs/flowers102-ours-0, made by `diffusion-book train flowers102`; an interrupted one goes on, a finished
+Each run lies in runs/, that on flowers made by `diffusion-book train flowers102`; an interrupted one goes on, a finished
 one is only read.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ import torch
 from frozen import ship
 
 from diffusion_book.cli import main as command
-from diffusion_book.core import write_whole
+from diffusion_book.core import RandomStreams, environment, write_whole
 from diffusion_book.ddim import ddim_invert
-from diffusion_book.flower_recipes import flowers_config, flowers_data, flowers_scores
+from diffusion_book.flower_recipes import flowers_config, flowers_data, flowers_scores, flowers_training
 from diffusion_book.inspection import nearest_training_images
 from diffusion_book.sampling import sample
 from diffusion_book.weights import Pretrained, load_pretrained
@@ -29,6 +31,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "flowers102-ours-0"
 ROWS: dict[str, dict[str, Any]] = {f"{steps} steps": {"steps": steps} for steps in (1, 2, 5, 10, 20, 40, 80)}
 ROWS |= {f"20 steps, eta {eta}": {"steps": 20, "eta": eta} for eta in (0.5, 1.0)}
+
+LOSSES: dict[str, dict[str, Any]] = {  # everything else is our recipe, without gain
+    "noise": {"prediction": "noise", "loss": "l1"},
+    "noise + image": {"prediction": "noise", "loss": "l1", "image_weight": 1.0},
+    "noise, squared": {"prediction": "noise", "loss": "mse"},
+    "noise + image, squared": {"prediction": "noise", "loss": "mse", "image_weight": 1.0},
+    "v": {"prediction": "v", "loss": "l1"},
+    "v, squared": {"prediction": "v", "loss": "mse"},
+}
 
 
 def train() -> None:
@@ -90,10 +101,40 @@ def judge(n: int) -> None:
     write_whole(ROOT / "results" / "flowers_ours.json", json.dumps(record, indent=1) + "\n")
 
 
+def loss_row(label: str, seed: int, n: int) -> dict[str, Any]:
+    """One small network on petals, its errors, and the distances of its samples for three numbers of steps."""
+    folder = ROOT / "runs" / f"petals-{label.replace(', ', '-').replace(' + ', '-')}-{seed}"
+    if (folder / "row.json").exists():
+        return json.loads((folder / "row.json").read_text())
+    config = flowers_config("ours", "quick", match_contrast=False, **LOSSES[label])
+    trained = flowers_training(config, RandomStreams(seed), folder)
+    last, scores = trained.card["history"][-1], {}
+    for steps in (5, 20, 80):
+        found = flowers_scores(trained, n, steps=steps)
+        scores[steps] = {key: found[key] for key in ("swd", "noise_share")}
+    found = {"seed": seed, "errors": {key: last[key] for key in ("noise_l1", "image_l1")}, "scores": scores}
+    write_whole(folder / "row.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def losses(n: int, seeds: int) -> None:
+    rows = {label: [loss_row(label, seed, n) for seed in range(seeds)] for label in LOSSES}
+    record = {
+        "name": "petals_losses",
+        "command": f"python tools/reproduce_flowers.py losses --seeds {seeds}",
+        "sampler": "DDIM, eta 0, no gain",
+        "config": asdict(flowers_config("ours", "quick", match_contrast=False)),
+        "environment": environment(),
+        "runs": {"n": n, "rows": rows},
+    }
+    write_whole(ROOT / "results" / "petals_losses.json", json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=["train", "judge", "ship"])
+    parser.add_argument("names", nargs="+", choices=["train", "judge", "ship", "losses"])
     parser.add_argument("--n", type=int, default=1_000, help="samples of each row")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each loss")
     given = parser.parse_args()
     if "train" in given.names:
         train()
@@ -101,6 +142,8 @@ def main() -> None:
         judge(given.n)
     if "ship" in given.names:
         ship(FOLDER, "flowers-ddim", lambda halved: flowers_scores(halved, given.n))
+    if "losses" in given.names:
+        losses(given.n, given.seeds)
 
 
 if __name__ == "__main__":

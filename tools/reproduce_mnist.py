@@ -2,7 +2,7 @@
 
     python tools/reproduce_mnist.py published published-plain published-narrow      # one seed each
     python tools/reproduce_mnist.py ours --seeds 3 --ship                           # mnist-unet is seed 0
-    python tools/reproduce_mnist.py ablation short samplers
+    python tools/reproduce_mnist.py ablation short samplers ddim
 
 Each run lies in runs/mnist-NAME-SEED, made by `diffusion-book train mnist`; an interrupted one goes on,
 a finished one is only read. A file in results/ is replaced when all runs it tells of are complete.
@@ -176,8 +176,20 @@ def samplers(given: argparse.Namespace) -> None:
     write("mnist_samplers", "samplers", asdict(digits_config("ours", "published")), found)
 
 
+def ddim(given: argparse.Namespace) -> None:
+    """The published network and ours, drawn by DDIM in 20 steps with all of the noise and with none."""
+    rows = {}
+    for name in ("published", "ours"):
+        folder = trained(name, name, 0, {})
+        for eta in (1.0, 0.0):
+            rows[f"{name}, eta {eta:g}"] = told(folder, judged(folder, given.n, name="ddim", steps=20, eta=eta))
+    write(
+        "mnist_ddim", "ddim", {name: asdict(digits_config(name, "published")) for name in ("published", "ours")}, rows
+    )
+
+
 def main() -> None:
-    others = {"ablation": ablation, "short": short, "samplers": samplers}
+    others = {"ablation": ablation, "short": short, "samplers": samplers, "ddim": ddim}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=[*RECIPES, *others])
     parser.add_argument("--seeds", type=int, default=1)
