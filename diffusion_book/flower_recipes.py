@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,7 @@ FLOWER_RECIPES = {
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"data": "petals", "size": 16, "widths": (8, 16, 24), "epochs": 1, "samples": 32},
     "quick": {"data": "petals", "size": 32, "widths": (16, 32, 48, 64), "epochs": 12, "samples": 500},
-    "full": {},
-    "published": {},
-}
+} | {"full": {}, "published": {}}
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #18ec6bdc
 def flowers_config(
@@ -121,6 +120,15 @@ def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tup
         return optimizer, None
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
 
+
+def _validated(trained: Pretrained, denoiser: Any, x: Tensor, watch: Callable[[Pretrained], Any] | None) -> Any:
+    trained.model.eval()  # running statistics, and they stay as they are
+    found = absolute_errors(trained.diffusion, denoiser, x)
+    if watch is not None:
+        watch(trained)
+    trained.model.train()
+    return found
+
 # %% ../nbs/A2_2_flower_recipes.ipynb #c0f1c3e2
 def contrast_gain(
     trained: Pretrained,
@@ -151,15 +159,8 @@ def flowers_training(
     def loss(_: Any, batch: Any) -> Tensor:
         return diffusion.loss(denoiser, batch[0], loss=config.loss, image_weight=config.image_weight, generator=noise)
 
-    def validate() -> dict[str, float]:
-        trained.model.eval()  # running statistics, and they stay as they are
-        found = absolute_errors(diffusion, denoiser, held_out.normalise(held_out.images))
-        if watch is not None:
-            watch(trained)
-        trained.model.train()
-        return found
-
     options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs")}
+    validate = partial(_validated, trained, denoiser, held_out.normalise(held_out.images), watch)
     options |= {"scheduler": scheduler, "validate": validate, "augment": flip if config.flips else None}
     options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
     history = fit(trained.model, loss, train, optimizer, streams, **options)

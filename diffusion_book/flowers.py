@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,13 @@ def load_flowers102(
 _PETALS = {"train": 6000, "validation": 1000, "test": 1000}
 
 
+@lru_cache(maxsize=4)
+def _drawn(name: str, size: int) -> Tensor:
+    """Drawing takes seconds, and a chapter asks more than once."""
+    generator = Generator().manual_seed(derive_seed(0, "petals", name))
+    return draw_petals(torch.arange(_PETALS[name]) % 6, size, generator)
+
+
 def load_petals(
     split: str = "train",  # train (6,000), validation (1,000), test (1,000) or all
     size: int | None = None,  # pixels a side, 32 if not given
@@ -147,11 +154,10 @@ def load_petals(
     """
     _check("petals", split, size)
 
-    def part(name: str) -> Tensor:
-        generator = Generator().manual_seed(derive_seed(0, "petals", name))
-        return draw_petals(torch.arange(_PETALS[name]) % 6, size or 32, generator)
-
-    pixels = {name: part(name) for name in (_PETALS if split == "all" else dict.fromkeys(("train", split)))}
+    pixels = {
+        name: _drawn(name, size or 32).clone()
+        for name in (_PETALS if split == "all" else dict.fromkeys(("train", split)))
+    }
     statistics, names = _statistics(pixels["train"]), tuple(f"{n} petals" for n in range(3, 9))
     chosen = torch.cat(list(pixels.values())) if split == "all" else pixels[split]
     labels = torch.cat([torch.arange(_PETALS[n]) % 6 for n in (_PETALS if split == "all" else [split])])

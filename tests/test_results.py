@@ -9,11 +9,13 @@ from dataclasses import asdict
 
 import pytest
 import readme
+import reproduce_flowers
 import reproduce_mnist
 import reproduce_spiral
 from conftest import ROOT
 
 from diffusion_book.digits import RECIPES, digits_card, digits_config
+from diffusion_book.flower_recipes import flowers_config
 from diffusion_book.metrics import noise_share
 from diffusion_book.presets import spiral_config
 from diffusion_book.weights import load_pretrained
@@ -134,3 +136,54 @@ def test_what_samples_look_like_is_told_for_all_of_them():
         assert sum(found["inspection"][images]["counts"]) == 10_000
     real = found["inspection"]["test images"]
     assert 0.13 < real["ink"] < 0.135 and 0.05 < real["white"] < 0.07 and abs(real["class_mean_score"] - 0.008) < 1e-3
+
+
+def test_ddim_with_all_of_the_noise_scores_as_the_ancestral_sampler_and_without_it_worse():
+    rows = json.loads((ROOT / "results" / "mnist_ddim.json").read_text())["runs"]
+    assert len(rows) == 8 and all(run["n"] == 10_000 and run["sampler"]["steps"] == 20 for run in rows.values())
+    ours = MNIST["ours"]["runs"][0]
+    assert rows["ours, trailing, eta 1"]["fld"] == pytest.approx(ours["fld"], rel=0.02)  # one law, two samplers
+    for name in ("published", "ours"):
+        assert rows[f"{name}, trailing, eta 1"]["high"] < rows[f"{name}, trailing, eta 0"]["low"]
+
+
+# Flowers
+
+
+def flowers_record(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def test_the_run_on_flowers_belongs_to_the_recipe_of_the_library():
+    record, config = flowers_record("flowers_ours"), flowers_config("ours", "published")
+    assert record["config"] == json.loads(json.dumps(asdict(config)))
+    runs = record["runs"]
+    assert runs["parameters"] == 1_950_627 and [*runs["rows"]] == [*reproduce_flowers.ROWS]
+    assert [row["epoch"] for row in runs["history"]] == list(range(1, config.epochs + 1))
+    noise = next(row for row in flowers_record("flowers_floors")["runs"]["floors"] if row["name"] == "noise")
+    for label, row in runs["rows"].items():
+        assert row["n"] == 1_000 and row["sampler"]["steps"] == int(label.split()[0])
+        assert row["low"] < row["value"] < row["high"] and row["value"] < row["frechet"]
+        assert row["noise_share"] == pytest.approx(row["swd"] / noise["swd"], rel=0.02)  # other noise, same reference
+
+
+def test_more_steps_are_better_until_they_are_not():
+    rows = flowers_record("flowers_ours")["runs"]["rows"]
+    shares = [rows[f"{steps} steps"]["noise_share"] for steps in (1, 2, 5, 10, 20)]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_shipped_flowers_score_what_their_card_says():
+    card, row = load_pretrained("flowers-ddim").card, flowers_record("flowers_ours")["runs"]["rows"]["20 steps"]
+    assert card["config"] == flowers_record("flowers_ours")["config"] and card["sampler"] == row["sampler"]
+    assert card["metrics"]["n"] == row["n"]
+    for name in ("swd", "frechet"):
+        assert card["metrics"][name] == pytest.approx(row[name], rel=0.05)  # half precision on disk changes nothing
+
+
+def test_losses_are_compared_on_one_network():
+    record = flowers_record("petals_losses")
+    assert [*record["runs"]["rows"]] == [*reproduce_flowers.LOSSES]
+    for runs in record["runs"]["rows"].values():
+        for run in runs:
+            assert 0 < run["errors"]["noise_l1"] < 0.4 and [*run["scores"]] == ["5", "20", "80"]

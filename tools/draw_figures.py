@@ -41,7 +41,14 @@ def draw_digits() -> None:
     save_images(load_pretrained("mnist-unet").sample(60), ASSETS / "digits.png", columns=20)
 
 
+def draw_flowers() -> None:
+    """Twenty-four samples of the shipped network, the first ones of seed 0."""
+    network = load_pretrained("flowers-ddim")
+    save_images(network.denormalise(network.sample(24)), ASSETS / "flowers.png", columns=12, low=0)
+
+
 if __name__ == "__main__":
     use_style()
     draw_spiral()
     draw_digits()
+    draw_flowers()
