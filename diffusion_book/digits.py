@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .core import RandomStreams, derive_seed, environment, preset_name
+from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, load
 from .fit import fit, validation_loss
 from .precision import in_precision
@@ -123,6 +123,7 @@ def _fresh(config: DigitsConfig, streams: RandomStreams) -> Pretrained:
     trained = Pretrained.fresh(digits_card(config, streams.seed), streams.initialisation)
     if config.zero_final:
         torch.nn.init.zeros_(trained.model.get_parameter("final.weight"))
+    trained.model.to(device())
     return trained
 
 
@@ -140,7 +141,7 @@ def digits_training(
     progress: bool = True,  # show a bar
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
-    (train, held_out), trained = digits_data(config), _fresh(config, streams)
+    trained, (train, held_out) = _fresh(config, streams), (images.to(device()) for images in digits_data(config))
     diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
     optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
 

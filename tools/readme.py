@@ -79,7 +79,7 @@ def mnist_table(results: Path) -> str:
         lines += [mnist_line(f"{label}, seed {run['seed']}", run) for run in runs]
     by_ddim = json.loads((results / "mnist_ddim.json").read_text())["runs"]
     for name, label in {"published": "published settings", "ours": "our recipe"}.items():
-        runs = {eta: by_ddim[f"{name}, trailing, eta {eta}"] for eta in (1, 0)}
+        runs = {eta: by_ddim[f"{name}, eta {eta}"] for eta in (1, 0)}
         lines += [mnist_line(f"{label}, seed 0, DDIM with eta = {eta}", run) for eta, run in runs.items()]
     floors = json.loads((results / "mnist_floors.json").read_text())["runs"]["floors"]
     noise = next(row for row in floors if row["name"] == "noise")["plain"]
