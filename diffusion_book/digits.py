@@ -5,7 +5,7 @@
 # %% ../nbs/A2_1_digits.ipynb #308fec4f
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, load
+from .ema import EMAs
 from .fit import fit, validation_loss
+from .guidance import drop_labels
 from .precision import in_precision
 from .weights import Pretrained
 
@@ -38,11 +40,14 @@ class DigitsConfig:
     learning_rate: float = 1e-3  # the constant rate, or the peak of a one-cycle schedule
     one_cycle: bool = False
     max_norm: float | None = None  # of the gradient
+    label_drop: float | None = None  # share of labels that are hidden in training; None: a network without labels
+    half_lives: tuple[float, ...] = ()  # of the averages that are kept beside the weights, in steps
     precision: str = "bf16"
     steps: int = 100  # moves of the sampler
     variance: str = "posterior"
     clip: tuple[float, float] | None = (-1.0, 1.0)
     gain: float | None = None  # on the estimates of x0, see `with_gain`
+    scale: float | None = None  # of guidance, for a network with labels
     samples: int = 10_000  # drawn to judge the network
 
 # %% ../nbs/A2_1_digits.ipynb #6e401119
@@ -61,6 +66,11 @@ RECIPES = {
         steps=20,
         gain=1.02,
     ),
+}
+_AVERAGED: dict[str, Any] = {"half_lives": (30, 100, 300, 1_000, 3_000)}
+RECIPES |= {
+    "guided-published": replace(_PUBLISHED, label_drop=0.2, scale=2.0, **_AVERAGED),
+    "guided": replace(RECIPES["ours"], label_drop=0.1, epochs=24, scale=1.0, **_AVERAGED),
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"data": "digits", "channels": 8, "batch_size": 64, "epochs": 1, "samples": 64},
@@ -103,11 +113,12 @@ def digits_card(config: DigitsConfig, seed: int) -> dict[str, Any]:
     """What a run on digits trains, how it samples and what its pixels mean, as plain values."""
     network: dict[str, Any] = {"in_channels": 1, "model_channels": config.channels, "num_timesteps": config.timesteps}
     network |= {"channel_multipliers": list(config.multipliers), "middle_attention": config.attention}
+    if config.label_drop is not None:
+        network["num_classes"] = 10
     schedule = {"schedule": "cosine", "T": config.timesteps}
     clip = None if config.clip is None else list(config.clip)
     sampler: dict[str, Any] = {"name": "ddpm", "steps": config.steps, "variance": config.variance, "clip": clip}
-    if config.gain is not None:
-        sampler["gain"] = config.gain
+    sampler |= {name: value for name in ("gain", "scale") if (value := getattr(config, name)) is not None}
     return {
         "name": f"{config.data}-unet",
         "diffusion": schedule | {"prediction": config.prediction},
@@ -139,23 +150,32 @@ def digits_training(
     streams: RandomStreams,  # weights and noise come from here, the order of the images from its seed
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     progress: bool = True,  # show a bar
+    watch: Callable[[Pretrained, EMAs | None], Any] | None = None,  # called after each epoch, for a look
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
     trained, (train, held_out) = _fresh(config, streams), (images.to(device()) for images in digits_data(config))
     diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
     optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
+    ema = EMAs(trained.model, config.half_lives, "unbiased") if config.half_lives else None
 
     def loss(_: Any, batch: Any) -> torch.Tensor:
-        return diffusion.loss(denoiser, batch[0], generator=streams.noise)
+        x, y = batch
+        if config.label_drop is None:
+            return diffusion.loss(denoiser, x, generator=streams.noise)
+        told = drop_labels(y, config.label_drop, trained.model.null_label, streams.noise)
+        return diffusion.loss(denoiser, x, told, generator=streams.noise)
 
     def validate() -> dict[str, Any]:
-        parts = validation_loss(diffusion, denoiser, held_out.normalise(held_out.images))
+        if watch is not None:
+            watch(trained, ema)
+        labels = held_out.labels if config.label_drop is not None else None
+        parts = validation_loss(diffusion, denoiser, held_out.normalise(held_out.images), labels)
         return {"validation_loss": float(parts.mean()), "validation_by_time": [float(f"{v:.5g}") for v in parts]}
 
     options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs", "max_norm")}
     options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
     trained.card["history"] = fit(
-        trained.model, loss, train, optimizer, streams, scheduler=scheduler, validate=validate, **options
+        trained.model, loss, train, optimizer, streams, scheduler=scheduler, validate=validate, ema=ema, **options
     )
     trained.card["environment"] = environment()
     trained.model.eval()

@@ -42,8 +42,9 @@ def _noised(diffusion: GaussianDiffusion, x: Tensor, seed: int, size: int) -> It
 @torch.no_grad()
 def validation_loss(
     diffusion: GaussianDiffusion,
-    model: Callable[..., Tensor],  # (x, t) to what `diffusion.prediction` says
+    model: Callable[..., Tensor],  # (x, t), or (x, t, y), to what `diffusion.prediction` says
     x: Tensor,  # (n, ...) held-out data, in an order that has nothing to do with their content
+    y: Tensor | None = None,  # (n,) their labels, for a network that is told them
     *,
     bins: int = 10,  # equal parts of time
     seed: int = 0,  # of the noise
@@ -57,8 +58,9 @@ def validation_loss(
     if not 1 <= bins <= n:
         raise ValueError(f"bins must lie in 1..{n} (the rows of x); got {bins}")
     part, errors = (_even_times(diffusion.schedule, n)[0] * bins).long(), []
-    for x0, t, noise, xt in _noised(diffusion, x, seed, batch_size):
-        error = model(xt, t) - diffusion.target(x0, t, noise)
+    labels = [()] * n if y is None else [(part,) for part in y.split(batch_size)]
+    for (x0, t, noise, xt), told in zip(_noised(diffusion, x, seed, batch_size), labels, strict=False):
+        error = model(xt, t, *told) - diffusion.target(x0, t, noise)
         errors.append(error.double().square().flatten(1).mean(1).cpu())
     total = torch.zeros(bins, dtype=torch.float64).index_add(0, part, torch.cat(errors))
     return total / part.bincount(minlength=bins)
@@ -116,9 +118,16 @@ class _Run:
             self.history, self.total, self.spent = extra["history"], extra["total"], extra["spent"]
         self._start_clocks()
 
+    def follow(self, steps: Iterator[TrainStep]) -> list[dict[str, Any]]:
+        for done in steps:
+            self.after(done)
+        return self.history
+
     def after(self, done: TrainStep) -> None:
         """Take note of a step, close an epoch that it ends, and save where it is time."""
         self.step, self.total = done.step, self.total.to(done.loss.device) + done.loss
+        if self.parts["ema"] is not None:
+            self.parts["ema"].update()
         if epoch_ends := self.step % self.per_epoch == 0:
             self._close_epoch()
         if epoch_ends or self.step % self.save_every == 0:
@@ -168,6 +177,7 @@ def fit(
     epochs: int,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after each optimizer step
     max_norm: float | None = None,  # clip the gradient's norm to this
+    ema: Any = None,  # an `EMA` or `EMAs` of the model: updated after each step, kept in the checkpoints
     augment: Callable[[Tensor, Generator], Tensor] | None = None,  # of each uint8 batch, such as `flip`
     validate: Callable[[], Mapping[str, Any]] | None = None,  # called after each epoch; its items join the row
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
@@ -180,9 +190,7 @@ def fit(
     Raises FloatingPointError, with all checkpoints untouched, where the mean loss of an epoch is not finite.
     """
     per_epoch, parts = max(1, len(images) // batch_size), {"model": model, "optimizer": optimizer, "streams": streams}
-    run = _Run(folder, config or {}, per_epoch, save_every, validate, scheduler=scheduler, **parts)
+    run = _Run(folder, config or {}, per_epoch, save_every, validate, scheduler=scheduler, ema=ema, **parts)
     order = epoch_batches(images, batch_size, streams.seed, epochs, run.step, augment)
     steps = train_steps(model, loss_fn, order, optimizer, scheduler=scheduler, max_norm=max_norm, start=run.step)
-    for done in _bar(steps, run.step, epochs * per_epoch) if progress else steps:
-        run.after(done)
-    return run.history
+    return run.follow(_bar(steps, run.step, epochs * per_epoch) if progress else steps)
