@@ -162,7 +162,7 @@ def digits_training(
         x, y = batch
         if config.label_drop is None:
             return diffusion.loss(denoiser, x, generator=streams.noise)
-        told = drop_labels(y, config.label_drop, trained.model.null_label, streams.noise)
+        told = drop_labels(y, config.label_drop, len(train.class_names), streams.noise)
         return diffusion.loss(denoiser, x, told, generator=streams.noise)
 
     def validate() -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,62 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cards import build_diffusion, build_network, build_sampler, sampler_options
 from .core import derive_seed, write_whole
-from .ddim import ddim
-from .diffusion import GaussianDiffusion, with_gain
+from .diffusion import GaussianDiffusion
+from .inspection import read_labels
 from .lenet import lenet_features, shipped
 from .metrics import noise_share, score_interval
-from .mlp import TimeMLP
-from .precision import in_precision
-from .resunet import ResUNet
-from .sampling import StepIterator, ddpm, sample
-from .schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule, linear_beta_schedule
-from .unet import UNet
+from .sampling import StepIterator, sample
 
 # %% auto #0
-__all__ = ['build_diffusion', 'build_network', 'Pretrained', 'save_pretrained', 'load_pretrained', 'evaluate']
-
-# %% ../nbs/A3_weights.ipynb #783ba610
-_SCHEDULES = {
-    "cosine": lambda **given: DiscreteSchedule(cosine_beta_schedule(**given)),
-    "linear": lambda **given: DiscreteSchedule(linear_beta_schedule(**given)),
-    "offset-cosine": OffsetCosineSchedule,
-}
-_NETWORKS = {"UNet": UNet, "TimeMLP": TimeMLP, "ResUNet": ResUNet}
-_SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
-_SHARED = {"steps", "clip", "gain", "precision"}  # options that both samplers understand
-
-
-def _choose(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}; got {name!r}")
-    return known[name]
-
-
-def _options(card: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The card's sampler with changes. Another sampler takes over only what both understand: no variance for "ddim"."""
-    kept = dict(card["sampler"])
-    if changes.get("name", kept["name"]) != kept["name"]:
-        kept = {key: value for key, value in kept.items() if key in _SHARED}
-    return kept | dict(changes)
-
-# %% ../nbs/A3_weights.ipynb #15163caf
-def build_diffusion(
-    schedule: str,  # "cosine" or "linear" in T steps, or "offset-cosine" in continuous time
-    prediction: str,  # "noise", "x0" or "v"
-    **arguments: Any,  # of the schedule, such as T=100
-) -> GaussianDiffusion:
-    """A diffusion from plain values. Raises ValueError for a schedule that does not exist."""
-    return GaussianDiffusion(_choose("schedule", schedule, _SCHEDULES)(**arguments), prediction)
-
-
-def build_network(
-    network: str,  # "UNet", "TimeMLP" or "ResUNet"
-    generator: torch.Generator | None = None,  # for the initial weights
-    **arguments: Any,  # of the class, such as model_channels=16
-) -> nn.Module:
-    """A fresh network from plain values. Raises ValueError for a network that does not exist."""
-    return _choose("network", network, _NETWORKS)(**arguments, generator=generator)
+__all__ = ['Pretrained', 'save_pretrained', 'load_pretrained', 'evaluate']
 
 # %% ../nbs/A3_weights.ipynb #590db33f
 @dataclass(eq=False, repr=False)
@@ -103,21 +56,37 @@ class Pretrained:
         self,
         x: Tensor,  # (n, C, H, W) the start, a draw from N(0, I)
         generator: torch.Generator | None = None,  # for the noise of the moves
+        *,
+        labels: Any = None,  # what to draw, as for `labels_for`
         **changes: Any,  # to the card's sampler, such as steps=50
     ) -> StepIterator:
-        """The card's sampler, about to begin. ValueError for a sampler or precision that does not exist."""
-        options = _options(self.card, changes)
-        gain = options.pop("gain", None)
-        if gain is not None:
-            options["clip"] = with_gain(gain, *options.get("clip") or (None, None))
-        kind, precision = _choose("sampler", options.pop("name"), _SAMPLERS), options.pop("precision", "float32")
-        return kind(self.diffusion, in_precision(self.model, precision), x, generator=generator, **options)
+        """The card's sampler, about to begin. ValueError for options or labels that do not fit."""
+        options, y = sampler_options(self.card, changes), self.labels_for(len(x), labels)
+        y = y if y is None else y.to(x.device)
+        return build_sampler(options, self.diffusion, self.model, x, y, generator)
+
+    def labels_for(
+        self,
+        n: int,
+        labels: Any = None,  # (n,) classes, or one for all; not given: each class in turn
+    ) -> Tensor | None:  # (n,) int64; None where the network knows no classes and none was asked for
+        """What n samples are told to show; the null label means "anything". ValueError for labels that do not fit."""
+        classes = getattr(self.model, "null_label", None)
+        if labels is None:
+            return None if classes is None else torch.arange(n) % classes
+        if classes is None:
+            raise ValueError(f"{self.card['name']} was trained without classes: draw without labels")
+        y = torch.as_tensor(labels, dtype=torch.int64)
+        if y.shape not in ((), (n,)) or not 0 <= int(y.min()) <= int(y.max()) <= classes:
+            raise ValueError(f"labels must be one class for all, or ({n},), each in 0..{classes}; got {labels!r}")
+        return y.expand(n).clone()
 
     def sample(
         self,
         n: int,  # how many
         seed: int = 0,
         *,
+        labels: Any = None,  # what to draw, as for `labels_for`
         batch_size: int = 500,  # drawn at a time; with the seed, it decides the samples
         progress: bool = True,  # show a bar
         **changes: Any,  # to the card's sampler, such as steps=50
@@ -128,10 +97,13 @@ class Pretrained:
         from tqdm.auto import tqdm  # only when something is drawn: importing the library stays light
 
         shape, device, drawn = self.card["data"]["shape"], next(self.model.parameters()).device, []
+        y = self.labels_for(n, labels)
         for first in tqdm(range(0, n, batch_size), desc="sampling", disable=not progress):
             generator = torch.Generator().manual_seed(derive_seed(seed, "sample", first))
             x = torch.randn(min(batch_size, n - first), *shape, generator=generator)
-            drawn.append(sample(self.sampler(x.to(device), generator, **changes), progress=False).cpu())
+            told = None if y is None else y[first : first + len(x)]
+            sampler = self.sampler(x.to(device), generator, labels=told, **changes)
+            drawn.append(sample(sampler, progress=False).cpu())
         return torch.cat(drawn)
 
 # %% ../nbs/A3_weights.ipynb #27eb4a60
@@ -174,20 +146,28 @@ def evaluate(
     seed: int = 0,
     *,
     reference: Any = None,  # as for `fld`; the 10,000 test images of MNIST if not given
+    labels: Any = None,  # what to draw, as for `Pretrained.labels_for`
     progress: bool = True,  # show a bar
     **changes: Any,  # to the card's sampler, such as steps=50
-) -> dict[str, Any]:  # n, seed, sampler, seconds, fld, its corrected value with low and high, noise_share
-    """Fréchet LeNet distance of fresh digits: comparable with others of the same n and the same reference."""
-    started = time.perf_counter()
-    x, seconds = trained.sample(n, seed, progress=progress, **changes), time.perf_counter() - started
+) -> dict[str, Any]:  # n, seed, sampler, seconds, fld, its corrected value with low and high, noise_share, agreement
+    """Fréchet LeNet distance of fresh digits: comparable with others of the same n and the same reference.
+
+    Of a network with classes also the share that the LeNet reads as what was asked for; "anything" agrees with nothing.
+    """
+    started, y = time.perf_counter(), trained.labels_for(n, labels)
+    x = trained.sample(n, seed, labels=y, progress=progress, **changes)
+    seconds = time.perf_counter() - started
     features = lenet_features(2 * trained.denormalise(x) - 1)
     generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
     score = score_interval(features, reference, generator=generator)
     found: dict[str, Any] = {
         "n": n,
         "seed": seed,
-        "sampler": _options(trained.card, changes),
+        "sampler": sampler_options(trained.card, changes),
         "seconds": round(seconds, 1),
     }
     found |= {"fld": score.plain, "value": score.value, "low": score.low, "high": score.high}
-    return found | {"noise_share": noise_share(score.plain, reference)}
+    found["noise_share"] = noise_share(score.plain, reference)
+    if y is not None:
+        found["agreement"] = float((read_labels(2 * trained.denormalise(x) - 1) == y).double().mean())
+    return found

@@ -22,8 +22,9 @@ LEVELS = (
     "viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
     "unet train moves flowers inspection image_distances checkpoint widgets export",
     "sampling ddim fit",
+    "cards",
     "weights",
-    "presets digits flower_recipes",
+    "presets digits flower_recipes pictures",
     "cli",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
