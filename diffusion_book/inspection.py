@@ -14,7 +14,7 @@ from .lenet import checked_images, lenet_features, load_lenet, unit_pixels
 
 # %% auto #0
 __all__ = ['read_labels', 'class_means', 'ClassMeanScore', 'class_mean_score', 'label_counts', 'Classification',
-           'classification_table', 'Nearest', 'nearest_training_images']
+           'classification_table', 'class_spread', 'Nearest', 'nearest_training_images']
 
 # %% ../nbs/26_inspect.ipynb #637a1ed3
 def read_labels(
@@ -123,6 +123,19 @@ def classification_table(
     confusion = torch.as_tensor(confusion_matrix(y, answers, labels=classes))
     accuracy = float((y == answers).double().mean())
     return Classification(confusion, precision, recall, f1, accuracy)
+
+# %% ../nbs/26_inspect.ipynb #7937b862
+def class_spread(
+    features: Tensor,  # (n, d) such as `lenet_features`
+    labels: Any,  # (n,) the class of each
+    num_classes: int = 10,
+) -> Tensor:  # (num_classes,) float64; NaN for a class with fewer than two images
+    """Diversity within each class: the trace of its covariance. ValueError where there is not one label a row."""
+    y = read_labels(labels, num_classes)
+    if features.ndim != 2 or len(features) != len(y):
+        raise ValueError(f"need features (n, d) and labels (n,); got {tuple(features.shape)} and {tuple(y.shape)}")
+    of_class = [features[y == k].double() for k in range(num_classes)]
+    return torch.stack([part.var(0).sum() if len(part) > 1 else torch.tensor(torch.nan).double() for part in of_class])
 
 # %% ../nbs/26_inspect.ipynb #8858337f
 class Nearest(NamedTuple):

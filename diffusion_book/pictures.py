@@ -77,7 +77,11 @@ def pictures_config(
 ) -> PicturesConfig:
     """The settings of a run on pictures. Raises ValueError for a recipe, preset or field that does not exist."""
     preset = preset_name() if preset is None else preset
-    allowed: dict[str, Any] = {"recipe": PICTURE_RECIPES, "preset": _SIZES, "field": PicturesConfig.__dataclass_fields__}
+    allowed: dict[str, Any] = {
+        "recipe": PICTURE_RECIPES,
+        "preset": _SIZES,
+        "field": PicturesConfig.__dataclass_fields__,
+    }
     for (what, known), given in zip(allowed.items(), ({recipe}, {preset}, {*changes}), strict=True):
         if wrong := given - known.keys():
             raise ValueError(f"{what} must be one of {', '.join(known)}; got {', '.join(sorted(wrong))!r}")
@@ -113,7 +117,12 @@ def pictures_card(config: PicturesConfig, seed: int, images: Images) -> dict[str
         "diffusion": {"schedule": "linear", "T": config.timesteps, "prediction": config.prediction},
         "network": {"network": "AttentionUNet"} | network,
         "sampler": sampler,
-        "data": {"name": name, "shape": list(images.images.shape[1:]), "mean": [0.5] * channels, "std": [0.5] * channels},
+        "data": {
+            "name": name,
+            "shape": list(images.images.shape[1:]),
+            "mean": [0.5] * channels,
+            "std": [0.5] * channels,
+        },
         "class_names": list(images.class_names) if classes is not None else [],
         "seed": seed,
         "config": asdict(config) | {"data": name},  # a folder's path is nobody else's business

@@ -18,6 +18,7 @@ from diffusion_book.inspection import (
     Nearest,
     class_mean_score,
     class_means,
+    class_spread,
     classification_table,
     label_counts,
     nearest_training_images,
@@ -346,3 +347,27 @@ def test_judge_reads_the_test_set_as_its_card_says(mnist):
 
 def lenet_read(images):
     return load_lenet().head(lenet_features(images)).argmax(1)
+
+
+# Diversity within a class
+
+
+def test_spread_is_the_trace_of_the_covariance_of_each_class():
+    generator = torch.Generator().manual_seed(0)
+    features, y = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    found = class_spread(features, y, 4)
+    for k in range(3):
+        own = np.cov(features[y == k].double().numpy(), rowvar=False).trace()
+        assert found[k].item() == pytest.approx(own)
+    assert found[3].isnan() and found.dtype == torch.float64
+
+
+def test_one_image_of_a_class_has_no_spread():
+    found = class_spread(torch.ones(3, 2), [0, 1, 1], 2)
+    assert found[0].isnan() and found[1] == 0
+
+
+@pytest.mark.parametrize(("features", "labels"), [(torch.ones(3), [0, 1, 1]), (torch.ones(3, 2), [0, 1])])
+def test_spread_needs_a_label_for_each_row(features, labels):
+    with pytest.raises(ValueError, match=r"need features \(n, d\) and labels"):
+        class_spread(features, labels, 2)

@@ -10,17 +10,13 @@ import torch
 from diffusion_book.core import derive_seed
 from diffusion_book.ddim import ddim
 from diffusion_book.diffusion import with_gain
+from diffusion_book.guidance import Guided
+from diffusion_book.inspection import read_labels
+from diffusion_book.inspection import read_labels
 from diffusion_book.lenet import lenet_features
 from diffusion_book.metrics import fld, moments, noise_share
 from diffusion_book.sampling import ddpm, sample
-from diffusion_book.weights import (
-    Pretrained,
-    build_diffusion,
-    build_network,
-    evaluate,
-    load_pretrained,
-    save_pretrained,
-)
+from diffusion_book.weights import Pretrained, evaluate, load_pretrained, save_pretrained
 
 CARD = {
     "name": "little",
@@ -33,35 +29,6 @@ CARD = {
 
 def little(**changes):
     return Pretrained.fresh(CARD | changes, torch.Generator().manual_seed(0))
-
-
-# Building
-
-
-def test_a_schedule_is_built_with_its_arguments():
-    diffusion = build_diffusion("linear", "noise", T=30, beta_start=1e-3, beta_end=0.01, rescale=False)
-    assert diffusion.schedule.betas[1].item() == pytest.approx(1e-3) and diffusion.prediction == "noise"
-
-
-def test_a_network_is_built_with_its_arguments():
-    model = build_network("TimeMLP", num_timesteps=40, hidden=32)
-    assert sum(p.numel() for p in model.parameters()) == 5_442
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (
-            lambda: build_diffusion("os.system", "v"),
-            "schedule must be one of cosine, linear, offset-cosine; got 'os.system'",
-        ),
-        (lambda: build_network("__import__"), "network must be one of UNet, TimeMLP, ResUNet; got '__import__'"),
-        (lambda: little(sampler={"name": "euler"}).sample(1), "sampler must be one of ddpm, ddim; got 'euler'"),
-    ],
-)
-def test_names_that_are_not_on_the_list_are_refused(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 # Drawing
@@ -126,6 +93,70 @@ def test_the_first_samples_do_not_depend_on_how_many_follow():
 def test_nothing_to_draw_is_refused(options):
     with pytest.raises(ValueError, match="n and batch_size must be at least 1"):
         little().sample(**options)
+
+
+# Labels
+
+
+def told(classes=3):
+    return little(network=CARD["network"] | {"num_classes": classes}, sampler=CARD["sampler"] | {"scale": 2.0})
+
+
+def test_each_class_in_turn_where_nothing_is_asked_for():
+    assert told().labels_for(5).tolist() == [0, 1, 2, 0, 1]
+    assert little().labels_for(5) is None
+
+
+def test_one_label_for_all_or_one_for_each():
+    assert told().labels_for(3, 2).tolist() == [2, 2, 2]
+    assert told().labels_for(3, [0, 3, 1]).tolist() == [0, 3, 1]  # 3 is the null label: anything
+
+
+@pytest.mark.parametrize("labels", [4, -1, [0, 1], [[0, 1, 2]]])
+def test_labels_that_do_not_fit_are_refused(labels):
+    with pytest.raises(ValueError, match="labels must be one class for all, or"):
+        told().sample(3, labels=labels)
+
+
+def test_labels_for_a_network_without_classes_are_refused():
+    with pytest.raises(ValueError, match="little was trained without classes"):
+        little().sample(2, labels=1)
+
+
+def test_sample_with_labels_is_guided_by_the_scale_of_the_card():
+    trained, y = told(), torch.tensor([2, 0, 1])
+    generator = torch.Generator().manual_seed(derive_seed(4, "sample", 0))
+    x = torch.randn(3, 1, 28, 28, generator=generator)
+    options = {"steps": 3, "variance": "posterior", "clip": (-1, 1), "generator": generator}
+    by_hand = ddpm(trained.diffusion, Guided(trained.model, 2.0), x, y=y, **options)
+    drawn = trained.sample(3, 4, labels=y, progress=False)
+    assert torch.equal(drawn, sample(by_hand, progress=False))
+    assert not torch.equal(drawn, trained.sample(3, 4, labels=y, scale=1.0, progress=False))
+
+
+def test_labels_follow_their_rows_through_the_batches():
+    trained, y = told(), [2, 0, 1, 1, 2]
+    drawn = trained.sample(5, 1, labels=y, batch_size=2, progress=False)
+    generator = torch.Generator().manual_seed(derive_seed(1, "sample", 2))
+    x = torch.randn(2, 1, 28, 28, generator=generator)
+    alone = sample(trained.sampler(x, generator, labels=y[2:4]), progress=False)
+    assert torch.equal(drawn[2:4], alone)
+
+
+def test_evaluate_says_how_samples_are_read():
+    trained, y = told(10), torch.arange(40) % 8
+    found = evaluate(trained, 40, labels=y, progress=False)
+    pixels = trained.sample(40, labels=y, progress=False)
+    read = read_labels(2 * trained.denormalise(pixels) - 1)
+    assert found["agreement"] == pytest.approx(float((read == y).double().mean()))
+    assert found["recall"][3] == pytest.approx(float((read[y == 3] == 3).double().mean()))
+    assert found["recall"][9] is None and found["spread"][9] is None and found["spread"][0] > 0
+    assert found["sampler"]["scale"] == 2.0 and json.loads(json.dumps(found)) == found
+
+
+def test_without_labels_nothing_is_said_about_them():
+    assert "agreement" not in evaluate(little(), 20, progress=False)
+    assert "agreement" not in evaluate(told(10), 20, labels=10, progress=False)
 
 
 def test_denormalise_takes_each_channel_by_itself():

@@ -1,57 +1,48 @@
-"""Train and judge guided networks; write results/mnist_guided*.json, results/cifar10_*.json and the weights that are shipped.
+"""Train and judge guided networks on MNIST; write results/mnist_guided.json and the weights "mnist-guided".
 
-    python tools/reproduce_guided.py train guided-published guided      # MNIST, from half an hour of one core each
-    python tools/reproduce_guided.py train narrow sprites               # CIFAR-10 (an hour of one core), and a folder
+    python tools/reproduce_guided.py train published ours     # half an hour of one core, and an hour
+    python tools/reproduce_guided.py sweep averages           # scales from 0 to 10, and half-lives along training
+    python tools/reproduce_guided.py judge ship               # 10,000 samples of each, and the record
 
-Each run lies in runs/; an interrupted one goes on, a finished one is only read.
+Each run lies in runs/; an interrupted one goes on, a finished one is only read. So is every score.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+import torch
+from frozen import ship
 
-from diffusion_book.core import RandomStreams, data_dir
+from diffusion_book.core import RandomStreams, environment, write_whole
+from diffusion_book.data import load
 from diffusion_book.digits import digits_config, digits_training
 from diffusion_book.ema import EMAs
-from diffusion_book.pictures import pictures_config, pictures_training
-from diffusion_book.weights import Pretrained, save_pretrained
+from diffusion_book.inspection import class_spread, classification_table
+from diffusion_book.lenet import lenet_features
+from diffusion_book.weights import Pretrained, evaluate, load_pretrained, save_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOKS = (1, 2, 4, 8, 12, 15, 24)  # epochs whose weights and averages are kept
-SPRITES = ("monster", "item")  # the classes that show one thing each
+RECIPES = {"published": "guided-published", "ours": "guided"}
+LOOKS = (1, 2, 4, 8, 15, 24)  # epochs whose weights and averages are kept
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
+SAMPLERS: dict[str, dict[str, Any]] = {"ddpm": {}, "ddim": {"name": "ddim", "eta": 0.0}}
+FEW = 2_000  # samples of a row in a sweep
+AVERAGED = (1, 4, 15)  # epochs of the published run at which every average is judged
 
 
-def sprite_folder() -> Path:
-    """The sprites as PNG files, one folder a class, as anyone's own pictures would lie there."""
-    folder = ROOT / "runs" / "sprites-png"
-    with np.load(data_dir() / "sprites" / "all_32.npz") as archive:
-        names = [str(name) for name in archive["class_names"]]
-        for i, (pixels, label) in enumerate(zip(archive["images"], archive["labels"], strict=True)):
-            path = folder / names[label] / f"{i}.png"
-            if names[label] in SPRITES and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels, "RGBA").save(path)
-    return folder
+def run_folder(name: str, seed: int = 0) -> Path:
+    return ROOT / "runs" / f"mnist-{RECIPES[name]}-{seed}"
 
 
-def planned(name: str) -> tuple[str, Any, Any]:
-    """Folder's first word, configuration and training of a run."""
-    if name in ("guided", "guided-published"):
-        return "mnist", digits_config(name, "published"), digits_training
-    changes = {}
-    if name == "sprites":
-        changes = {"data": f"folder:{sprite_folder()}", "label_drop": None, "epochs": 60, "half_lives": (138,)}
-    return "pictures", pictures_config("narrow", "published", **changes), pictures_training
-
-
-def keep(folder: Path, per_epoch: int, trained: Pretrained, averages: EMAs) -> None:
+def keep(folder: Path, trained: Pretrained, averages: EMAs) -> None:
     """The weights of an epoch and their averages, each as a folder that `load_pretrained` reads."""
-    epoch = next(iter(averages.values())).updates // per_epoch
+    epoch = next(iter(averages.values())).updates // (54_000 // trained.card["config"]["batch_size"])
     if epoch not in LOOKS:
         return
     save_pretrained(folder / f"epoch-{epoch}" / "raw", trained)
@@ -60,31 +51,109 @@ def keep(folder: Path, per_epoch: int, trained: Pretrained, averages: EMAs) -> N
         save_pretrained(folder / f"epoch-{epoch}" / f"{steps:g}", copy)
 
 
-def train(name: str, seed: int) -> Path:
-    """The folder of a finished run, trained now where it is missing."""
-    what, config, training = planned(name)
-    folder = ROOT / "runs" / f"{what}-{name}-{seed}"
-    if not (folder / "weights.json").exists():
-        images = {"narrow": 50_000, "sprites": 1}.get(name, 54_000)
+def train(name: str) -> None:
+    folder = run_folder(name)
+    if (folder / "weights.json").exists():
+        return
+    config = digits_config(RECIPES[name], "published")
+    print(folder, config, flush=True)
+    streams, checkpoints = RandomStreams(0), folder / "checkpoints"
+    trained = digits_training(config, streams, checkpoints, watch=lambda network, averages: keep(folder, network, averages))
+    trained.card["environment"]["preset"] = "published"
+    save_pretrained(folder, trained)
 
-        def watch(trained: Pretrained, averages: EMAs) -> None:
-            keep(folder, images // config.batch_size or 1_000_000, trained, averages)
 
-        print(folder, config, flush=True)
-        trained = training(config, RandomStreams(seed), folder / "checkpoints", watch=watch)
-        trained.card["environment"]["preset"] = "published"
-        save_pretrained(folder, trained)
-    return folder
+def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
+    """The score of a network's samples, taken from its folder where it was measured before."""
+    label = "-".join(f"{key}={value}" for key, value in changes.items())
+    path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json".replace(" ", "")
+    if not path.exists():
+        found = evaluate(load_pretrained(folder), n, **changes)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    print(path.relative_to(ROOT), {key: found.get(key) for key in ("fld", "low", "high", "agreement", "seconds")}, flush=True)
+    return found
+
+
+def sweep() -> dict[str, dict[str, Any]]:
+    """Our network, drawn with every scale by both samplers."""
+    folder = run_folder("ours")
+    return {
+        name: {f"{scale:g}": judged(folder, FEW, **changes, scale=scale) for scale in SCALES}
+        for name, changes in SAMPLERS.items()
+    }
+
+
+def half_lives(folder: Path) -> Iterable[str]:
+    """raw, then the averages from the shortest on."""
+    return ["raw", *sorted((path.name for path in folder.iterdir() if path.name != "raw"), key=float)]
+
+
+def averages() -> dict[str, Any]:
+    """Weights and averages of the published run at several epochs, conditional samples in 20 steps; the last with more."""
+    folder, few = run_folder("published"), {"steps": 20, "scale": 1.0}
+    along = {
+        str(epoch): {name: judged(folder / f"epoch-{epoch}" / name, FEW, **few) for name in half_lives(folder / f"epoch-{epoch}")}
+        for epoch in AVERAGED
+    }
+    last = along[str(AVERAGED[-1])]
+    best = min((name for name in last if name != "raw"), key=lambda name: last[name]["fld"])
+    end = folder / f"epoch-{AVERAGED[-1]}"
+    return {"along": along, "best": best, "end": {name: judged(end / name, 10_000, **few) for name in ("raw", best)}}
+
+
+def real_digits() -> dict[str, Any]:
+    """What the classifier makes of the test digits themselves."""
+    test = load("mnist", "test")
+    table = classification_table(test.labels, test)
+    shares = {name: getattr(table, name).tolist() for name in ("precision", "recall", "f1")}
+    spread = class_spread(lenet_features(test), test.labels)
+    return {"agreement": table.accuracy, **shares, "spread": spread.tolist()}
+
+
+CHOSEN: dict[str, dict[str, Any]] = {  # rows of 10,000 samples
+    "published, w = 2": {"of": "published"},
+    "ours": {"of": "ours"},
+}
+
+
+def judge() -> None:
+    rows = {}
+    for label, options in CHOSEN.items():
+        changes = {key: value for key, value in options.items() if key != "of"}
+        folder = run_folder(options["of"])
+        card = json.loads((folder / "weights.json").read_text())
+        rows[label] = judged(folder, 10_000, **changes) | {
+            "parameters": sum(p.numel() for p in load_pretrained(folder).model.parameters()),
+            "cpu_seconds": card["history"][-1]["cpu_seconds"],
+        }
+    histories = {
+        name: [
+            {key: row[key] for key in ("epoch", "loss", "validation_loss", "cpu_seconds")}
+            for row in json.loads((run_folder(name) / "weights.json").read_text())["history"]
+        ]
+        for name in RECIPES
+    }
+    record = {
+        "name": "mnist_guided",
+        "command": "python tools/reproduce_guided.py train published ours sweep averages judge",
+        "sampler": "in each row",
+        "config": {name: asdict(digits_config(recipe, "published")) for name, recipe in RECIPES.items()},
+        "environment": {**environment(), "preset": "published"},
+        "runs": {"rows": rows, "sweep": sweep(), "averages": averages(), "real": real_digits(), "history": histories},
+    }
+    write_whole(ROOT / "results" / "mnist_guided.json", json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
+    verbs: dict[str, Any] = {"sweep": sweep, "averages": averages, "judge": judge}
+    verbs |= {name: lambda name=name: train(name) for name in RECIPES}
+    verbs |= {"train": lambda: None, "ship": lambda: ship(run_folder("ours"), "mnist-guided", lambda half: evaluate(half, 10_000))}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["train"])
-    parser.add_argument("names", nargs="+", choices=["guided", "guided-published", "narrow", "sprites"])
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    for name in given.names:
-        train(name, given.seed)
+    parser.add_argument("verbs", nargs="+", choices=list(verbs))
+    with torch.inference_mode(False):
+        for verb in parser.parse_args().verbs:
+            verbs[verb]()
 
 
 if __name__ == "__main__":
