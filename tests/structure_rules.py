@@ -20,7 +20,7 @@ WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 LEVELS = (
     "core files folders player schedule embed ema guidance lenet tables precision",
     "viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
-    "unet train moves flowers inspection image_distances checkpoint widgets export",
+    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export",
     "sampling ddim fit",
     "cards",
     "weights",

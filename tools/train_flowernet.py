@@ -9,6 +9,7 @@ out (`eighty_twenty`). The weights are frozen: the tool refuses to replace them 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,14 +55,24 @@ def accuracy(model: nn.Module, images: Images) -> tuple[float, float]:
     return float(right[:, 0].double().mean()), float(right.any(1).double().mean())
 
 
-def train(images: Images, epochs: int, seed: int) -> FlowerNet:
+def train(
+    images: Images,
+    epochs: int,
+    seed: int,
+    *,
+    network: Callable[[], nn.Module] = FlowerNet,
+    augment: Callable[[Tensor, torch.Generator], Tensor] = augmented,
+    batch_size: int = BATCH,
+    rate: float = RATE,
+    decay: float = DECAY,
+) -> nn.Module:
     """A network after that many epochs, its learning rate risen and fallen once."""
     seed_all(seed)
-    model = FlowerNet().to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
-    per_epoch = len(images) // BATCH
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, epochs * per_epoch, pct_start=0.15)
-    feed = (b for epoch in range(epochs) for b in batches(images, BATCH, seed, epoch, augment=augmented))
+    model = network().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay)
+    per_epoch = len(images) // batch_size
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, epochs * per_epoch, pct_start=0.15)
+    feed = (b for epoch in range(epochs) for b in batches(images, batch_size, seed, epoch, augment=augment))
     total = 0.0
     for step in train_steps(
         model, loss_fn, tqdm(feed, total=epochs * per_epoch, mininterval=10), optimizer, scheduler=scheduler
