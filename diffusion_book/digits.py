@@ -86,7 +86,7 @@ def _known(what: str, given: set[str], allowed: Mapping[str, Any]) -> None:
 
 
 def digits_config(
-    recipe: str = "ours",  # or "published", "published-plain", "published-narrow"
+    recipe: str = "ours",  # a name in `RECIPES`
     preset: str | None = None,  # tiny, quick, full or published; `preset_name()` if not given
     **changes: Any,  # fields that differ from the recipe, such as epochs=5
 ) -> DigitsConfig:
@@ -144,6 +144,21 @@ def _optimizer(model: torch.nn.Module, config: DigitsConfig, steps: int) -> tupl
         return optimizer, None
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=0.1)
 
+# %% ../nbs/A2_1_digits.ipynb #ca548234
+def _loss(
+    config: DigitsConfig, trained: Pretrained, denoiser: Callable[..., torch.Tensor], streams: RandomStreams
+) -> Callable[[Any, Any], torch.Tensor]:
+    null: Any = trained.model.null_label
+
+    def loss(_: Any, batch: Any) -> torch.Tensor:
+        x, y = batch
+        if config.label_drop is None:
+            return trained.diffusion.loss(denoiser, x, generator=streams.noise)
+        told = drop_labels(y, config.label_drop, null, streams.noise)
+        return trained.diffusion.loss(denoiser, x, told, generator=streams.noise)
+
+    return loss
+
 # %% ../nbs/A2_1_digits.ipynb #423e7a7b
 def digits_training(
     config: DigitsConfig,
@@ -154,29 +169,22 @@ def digits_training(
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
     trained, (train, held_out) = _fresh(config, streams), (images.to(device()) for images in digits_data(config))
-    diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
+    denoiser = in_precision(trained.model, config.precision)
     optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
     ema = EMAs(trained.model, config.half_lives, "unbiased") if config.half_lives else None
-
-    def loss(_: Any, batch: Any) -> torch.Tensor:
-        x, y = batch
-        if config.label_drop is None:
-            return diffusion.loss(denoiser, x, generator=streams.noise)
-        told = drop_labels(y, config.label_drop, len(train.class_names), streams.noise)
-        return diffusion.loss(denoiser, x, told, generator=streams.noise)
 
     def validate() -> dict[str, Any]:
         if watch is not None:
             watch(trained, ema)
         labels = held_out.labels if config.label_drop is not None else None
-        parts = validation_loss(diffusion, denoiser, held_out.normalise(held_out.images), labels)
+        parts = validation_loss(trained.diffusion, denoiser, held_out.normalise(held_out.images), labels)
         return {"validation_loss": float(parts.mean()), "validation_by_time": [float(f"{v:.5g}") for v in parts]}
 
     options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs", "max_norm")}
     options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
-    trained.card["history"] = fit(
-        trained.model, loss, train, optimizer, streams, scheduler=scheduler, validate=validate, ema=ema, **options
-    )
+    options |= {"scheduler": scheduler, "validate": validate, "ema": ema}
+    loss = _loss(config, trained, denoiser, streams)
+    trained.card["history"] = fit(trained.model, loss, train, optimizer, streams, **options)
     trained.card["environment"] = environment()
     trained.model.eval()
     return trained

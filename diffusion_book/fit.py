@@ -52,11 +52,13 @@ def validation_loss(
 ) -> Tensor:  # (bins,) float64: mean squared error in each part, from the least noise to the most
     """The loss on held-out data at fixed times with fixed noise: comparable between epochs and between networks.
 
-    Row i of n has the time at (i + 1/2) / n of the schedule. Raises ValueError where bins is not in 1..n.
+    Row i of n has the time at (i + 1/2) / n of the schedule. ValueError for bins outside 1..n and a y that is not (n,).
     """
     n = len(x)
     if not 1 <= bins <= n:
         raise ValueError(f"bins must lie in 1..{n} (the rows of x); got {bins}")
+    if y is not None and y.shape != (n,):
+        raise ValueError(f"y must hold one label per row of x, ({n},); got shape {tuple(y.shape)}")
     part, errors = (_even_times(diffusion.schedule, n)[0] * bins).long(), []
     labels = [()] * n if y is None else [(part,) for part in y.split(batch_size)]
     for (x0, t, noise, xt), told in zip(_noised(diffusion, x, seed, batch_size), labels, strict=False):

@@ -1,8 +1,9 @@
-"""Long trainings: comparable losses, exact positions in the data, exact resuming, and a stop before harm is done."""
+"""Long trainings: comparable losses, exact places in the data, exact resuming, averages, and a stop before harm."""
 
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from diffusion_book.checkpoint import CheckpointError, latest
 from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.diffusion import GaussianDiffusion
+from diffusion_book.ema import EMA, EMAs
 from diffusion_book.fit import absolute_errors, epoch_batches, fit, validation_loss
 from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule
 
@@ -101,6 +103,47 @@ def test_validation_loss_on_a_continuous_schedule():
 def test_bins_out_of_range_are_refused(bins):
     with pytest.raises(ValueError, match=rf"bins must lie in 1..20 \(the rows of x\); got {bins}"):
         validation_loss(DIFFUSION, lambda x, t: x, torch.zeros(20, 1, 2, 2), bins=bins)
+
+
+def test_labels_reach_the_network_row_by_row():
+    x, y, seen = torch.zeros(1000, 1, 4, 4, dtype=torch.float64), torch.arange(1000) % 3, []
+
+    def model(xt, t, told):
+        seen.append(told)
+        return told.to(xt)[:, None, None, None].expand_as(xt)
+
+    found = validation_loss(DIFFUSION, model, x, y, bins=1, batch_size=300)
+    assert [len(told) for told in seen] == [300, 300, 300, 100] and torch.equal(torch.cat(seen), y)
+    expected = float((y.double() ** 2).mean()) + 1  # the mean of (label - noise)²
+    assert found.item() == pytest.approx(expected, abs=4 * (6 / 1000) ** 0.5)
+    small = validation_loss(DIFFUSION, model, x, y, bins=1, batch_size=7)
+    assert small.item() == pytest.approx(found.item(), rel=1e-12)
+
+
+def test_without_labels_the_network_is_called_without():
+    calls = []
+    validation_loss(DIFFUSION, lambda *given: calls.append(len(given)) or given[0], torch.zeros(20, 1, 2, 2))
+    assert calls == [2]
+
+
+def test_labels_change_neither_times_nor_noise():
+    x, seen = torch.randn(20, 1, 4, 4), []
+
+    def model(xt, t, y=None):
+        seen.append((xt, t))
+        return torch.zeros_like(xt)
+
+    validation_loss(DIFFUSION, model, x)
+    validation_loss(DIFFUSION, model, x, torch.zeros(20, dtype=torch.int64))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(19,), (21,), (500,), (20, 1), ()])
+def test_labels_of_another_shape_are_refused(shape):
+    y = torch.zeros(shape, dtype=torch.int64)
+    message = rf"y must hold one label per row of x, \(20,\); got shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        validation_loss(DIFFUSION, lambda x, t, y: x, torch.zeros(20, 1, 2, 2), y, batch_size=10)
 
 
 # The place in the data
@@ -211,6 +254,116 @@ def test_validation_does_not_change_the_training():
     x = DIGITS.normalise(DIGITS.images)
     run(*watched, validate=lambda: {"loss_by_time": validation_loss(DIFFUSION, watched[0], x).tolist()})
     assert torch.equal(weights(plain[0]), weights(watched[0]))
+
+
+# Averages
+
+
+def averages(ema):
+    """All weights of an EMA, or of several, in one row."""
+    several = ema.values() if isinstance(ema, EMAs) else [ema]
+    return torch.cat([weights(one.module) for one in several])
+
+
+MAKERS = [lambda model: EMA(model, 0.8), lambda model: EMAs(model, (2, 20), "unbiased")]
+
+
+def test_the_average_follows_every_step():
+    model, optimizer, streams, scheduler = parts()
+    by_hand = {"average": None, "updates": 0}
+
+    def note(*_):  # called by the optimizer, after its step
+        now, n = weights(model).double(), by_hand["updates"]
+        kept = 0.0 if n == 0 else min(0.8, (1 + n) / (10 + n))
+        by_hand["average"] = now if n == 0 else kept * by_hand["average"] + (1 - kept) * now
+        by_hand["updates"] += 1
+
+    optimizer.register_step_post_hook(note)
+    ema = EMA(model, 0.8)
+    run(model, optimizer, streams, scheduler, ema=ema)
+    assert ema.updates == by_hand["updates"] == 40
+    torch.testing.assert_close(weights(ema.module).double(), by_hand["average"], rtol=1e-5, atol=1e-6)
+    assert (weights(ema.module) - weights(model)).abs().max() > 1e-4
+
+
+def test_an_average_does_not_change_the_training():
+    plain, averaged = parts(), parts()
+    rows = run(*plain)
+    again = run(*averaged, ema=EMAs(averaged[0], (3, 30)))
+    assert torch.equal(weights(plain[0]), weights(averaged[0]))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
+
+
+def test_validation_sees_the_average_of_the_whole_epoch():
+    model, *rest = parts()
+    ema, seen = EMA(model), []
+    run(model, *rest, ema=ema, validate=lambda: seen.append(ema.updates) or {})
+    assert seen == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["one", "several"])
+@pytest.mark.parametrize("cut", [2, 10, 14, 39])
+def test_averages_of_a_run_that_was_cut_off_are_bit_equal(tmp_path, make, cut):
+    whole = parts()
+    kept = make(whole[0])
+    run(*whole, ema=kept)
+
+    class Cut(Exception):
+        pass
+
+    def loss(net, batch):
+        if seen["steps"] == cut:
+            raise Cut
+        seen["steps"] += 1
+        return DIFFUSION.loss(net, batch[0], generator=first[2].noise)
+
+    seen, first, second = {"steps": 0}, parts(), parts()
+    options = {"batch_size": 10, "epochs": 4, "folder": tmp_path, "save_every": 3, "progress": False}
+    with pytest.raises(Cut):
+        fit(first[0], loss, DIGITS, first[1], first[2], scheduler=first[3], ema=make(first[0]), **options)
+    again = make(second[0])
+    run(*second, folder=tmp_path, save_every=3, ema=again)
+    assert torch.equal(weights(second[0]), weights(whole[0]))
+    assert torch.equal(averages(again), averages(kept))
+    assert {one.updates for one in (again.values() if isinstance(again, EMAs) else [again])} == {40}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (None, EMA, "holds scheduler, model, optimizer, streams; asked for scheduler, ema, model"),
+        (EMA, None, "holds scheduler, ema, model, optimizer, streams; asked for scheduler, model"),
+        (EMA, lambda model: EMAs(model, (2,)), "ema: given 'EMAs', stored 'EMA'"),
+        (
+            lambda model: EMAs(model, (2,)),
+            lambda model: EMAs(model, (3,)),
+            r"ema/3\.0/.*given shape .*, stored nothing",
+        ),
+    ],
+    ids=["none, then one", "one, then none", "one, then several", "other half-lives"],
+)
+def test_a_run_goes_on_with_the_averages_that_it_began_with(tmp_path, before, after, message):
+    first, second = parts(), parts()
+    run(*first, epochs=2, folder=tmp_path, ema=before and before(first[0]))
+    untouched = weights(second[0])
+    with pytest.raises(CheckpointError, match=message):
+        run(*second, folder=tmp_path, ema=after and after(second[0]))
+    assert torch.equal(weights(second[0]), untouched)
+
+
+def test_a_broken_step_leaves_the_saved_average_alone(tmp_path):
+    first = parts()
+    run(*first, epochs=2, folder=tmp_path, ema=EMA(first[0]))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = parts()
+
+    def loss(net, batch):
+        return DIFFUSION.loss(net, batch[0], generator=broken[2].noise) * float("nan")
+
+    options = {"scheduler": broken[3], "ema": EMA(broken[0]), "folder": tmp_path, "save_every": 3, "progress": False}
+    with pytest.raises(FloatingPointError, match="epoch 3 is nan"):
+        fit(broken[0], loss, DIGITS, broken[1], broken[2], batch_size=10, epochs=4, **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # Stopping

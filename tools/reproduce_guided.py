@@ -58,7 +58,9 @@ def train(name: str) -> None:
     config = digits_config(RECIPES[name], "published")
     print(folder, config, flush=True)
     streams, checkpoints = RandomStreams(0), folder / "checkpoints"
-    trained = digits_training(config, streams, checkpoints, watch=lambda network, averages: keep(folder, network, averages))
+    trained = digits_training(
+        config, streams, checkpoints, watch=lambda network, averages: keep(folder, network, averages)
+    )
     trained.card["environment"]["preset"] = "published"
     save_pretrained(folder, trained)
 
@@ -71,7 +73,11 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
         found = evaluate(load_pretrained(folder), n, **changes)
         write_whole(path, json.dumps(found, indent=1) + "\n")
     found = json.loads(path.read_text())
-    print(path.relative_to(ROOT), {key: found.get(key) for key in ("fld", "low", "high", "agreement", "seconds")}, flush=True)
+    print(
+        path.relative_to(ROOT),
+        {key: found.get(key) for key in ("fld", "low", "high", "agreement", "seconds")},
+        flush=True,
+    )
     return found
 
 
@@ -93,7 +99,9 @@ def averages() -> dict[str, Any]:
     """Weights and averages of the published run at several epochs, conditional samples in 20 steps; the last with more."""
     folder, few = run_folder("published"), {"steps": 20, "scale": 1.0}
     along = {
-        str(epoch): {name: judged(folder / f"epoch-{epoch}" / name, FEW, **few) for name in half_lives(folder / f"epoch-{epoch}")}
+        str(epoch): {
+            name: judged(folder / f"epoch-{epoch}" / name, FEW, **few) for name in half_lives(folder / f"epoch-{epoch}")
+        }
         for epoch in AVERAGED
     }
     last = along[str(AVERAGED[-1])]
@@ -148,7 +156,10 @@ def judge() -> None:
 def main() -> None:
     verbs: dict[str, Any] = {"sweep": sweep, "averages": averages, "judge": judge}
     verbs |= {name: lambda name=name: train(name) for name in RECIPES}
-    verbs |= {"train": lambda: None, "ship": lambda: ship(run_folder("ours"), "mnist-guided", lambda half: evaluate(half, 10_000))}
+    verbs |= {
+        "train": lambda: None,
+        "ship": lambda: ship(run_folder("ours"), "mnist-guided", lambda half: evaluate(half, 10_000)),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=list(verbs))
     with torch.inference_mode(False):
