@@ -13,10 +13,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .core import RandomStreams, data_dir, write_whole
-from .data import load
+from .data import Images, load
 from .digits import RECIPES, digits_card, digits_config, digits_training
 from .flower_recipes import FLOWER_RECIPES, flowers_card, flowers_config, flowers_scores, flowers_training
+from diffusion_book.pictures import (
+    PICTURE_RECIPES,
+    pictures_card,
+    pictures_config,
+    pictures_scores,
+    pictures_training,
+)
 from .tables import parameter_table
 from .viz import save_images
 from .weights import Pretrained, evaluate, load_pretrained, save_pretrained
@@ -43,13 +52,26 @@ def settings(
     return changes
 
 # %% ../nbs/A4_cli.ipynb #eb61fe54
-_FLOWERS = ("flowers102", "petals")
+_FLOWERS, _PICTURES = ("flowers102", "petals"), ("cifar10", "folder")
+
+
+def _planned(given: argparse.Namespace) -> tuple[Any, Any]:
+    """Configuration and training: by the recipe where it names the network, else by the data."""
+    kind = given.what.partition(":")[0]
+    recipe = given.recipe or ("narrow" if kind in _PICTURES else "ours")
+    make: Any
+    run: Any
+    make, run = (flowers_config, flowers_training) if kind in _FLOWERS else (digits_config, digits_training)
+    if kind in _PICTURES or recipe in PICTURE_RECIPES:
+        make, run = pictures_config, pictures_training
+    given.recipe = recipe
+    return make(recipe, given.preset, **{"data": given.what} | settings(given.set)), run
 
 
 def _train(given: argparse.Namespace) -> None:
-    make, run = (flowers_config, flowers_training) if given.what in _FLOWERS else (digits_config, digits_training)
-    config: Any = make(given.recipe, given.preset, **{"data": given.what} | settings(given.set))
-    folder = Path(given.out or f"runs/{given.what}-{given.recipe}-{given.seed}")
+    config, run = _planned(given)
+    name = Path(given.what.partition(":")[2]).expanduser().resolve().name if ":" in given.what else given.what
+    folder = Path(given.out or f"runs/{name}-{given.recipe}-{given.seed}")
     print(f"{folder}: {json.dumps(asdict(config))}")
     print("Ctrl-C stops; the same command goes on from the last checkpoint", flush=True)
     trained: Pretrained = run(config, RandomStreams(given.seed), folder / "checkpoints", given.bar)
@@ -68,7 +90,8 @@ def _sample(given: argparse.Namespace) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     trained, options = load_pretrained(given.weights), settings(given.set) | ({"n": given.n} if given.n else {})
-    judge = flowers_scores if trained.card["data"]["name"] in _FLOWERS else evaluate
+    judges = {"flowers102": flowers_scores, "petals": flowers_scores, "cifar10": pictures_scores}
+    judge: Any = judges.get(trained.card["data"]["name"], evaluate)
     found = judge(trained, seed=given.seed, progress=given.bar, **options)
     print(json.dumps(found, indent=1))
     if given.out:
@@ -78,6 +101,11 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _params(given: argparse.Namespace) -> None:
     if given.what in RECIPES:
         card = digits_card(digits_config(given.what, "published"), 0)
+    elif given.what in PICTURE_RECIPES:
+        ten = Images(
+            torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long(), tuple("0123456789"), *torch.full((2, 3), 0.5)
+        )
+        card = pictures_card(pictures_config(given.what, "published"), 0, ten)
     elif given.what in FLOWER_RECIPES:
         card = flowers_card(flowers_config(given.what, "published"), 0, load("petals", "test", 64))
     else:
@@ -91,6 +119,14 @@ def _data(given: argparse.Namespace) -> None:
     print(f"data folder: {data_dir()}")
 
 # %% ../nbs/A4_cli.ipynb #51424cdf
+def _source(text: str) -> str:
+    """The data of a training; argparse turns the error into exit code 2."""
+    known = ["mnist", "digits", *_FLOWERS, "cifar10", "folder:PATH"]
+    if text not in known[:-1] and not (text.startswith("folder:") and text != "folder:"):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(known)})")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "diffusion-book", description="Train, sample and judge the networks of Diffusion Book."
@@ -108,9 +144,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--set", nargs="+", default=[], metavar="key=value", help="change single settings")
         return sub
 
-    train = verb("train", _train, "train a U-Net on digits or flowers, or go on where it stopped")
-    train.add_argument("what", choices=["mnist", "digits", *_FLOWERS])
-    train.add_argument("--recipe", choices=[*RECIPES | FLOWER_RECIPES], default="ours")
+    train = verb("train", _train, "train a U-Net on digits, flowers or pictures, or go on where it stopped")
+    train.add_argument("what", type=_source, help="mnist, digits, flowers102, petals, cifar10 or folder:PATH")
+    recipes = [*RECIPES | FLOWER_RECIPES | PICTURE_RECIPES]
+    train.add_argument("--recipe", choices=recipes, help='"ours"; "narrow" for cifar10 and folders')
     train.add_argument("--preset", choices=["tiny", "quick", "full", "published"], default="published")
     sample = verb("sample", _sample, "draw from trained weights", "weights", out="samples.png")
     sample.add_argument("--columns", type=int, default=8)

@@ -5,6 +5,7 @@
 # %% ../nbs/A2_3_pictures.ipynb #79d0f165
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import interpolate
 
+from .cifarnet import cifar_scores
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load, random_crop
 from .ema import EMAs
@@ -23,7 +26,8 @@ from .precision import in_precision
 from .weights import Pretrained
 
 # %% auto #0
-__all__ = ['PICTURE_RECIPES', 'PicturesConfig', 'pictures_config', 'pictures_data', 'pictures_card', 'pictures_training']
+__all__ = ['PICTURE_RECIPES', 'PicturesConfig', 'pictures_config', 'pictures_data', 'pictures_card', 'pictures_training',
+           'pictures_scores']
 
 # %% ../nbs/A2_3_pictures.ipynb #f3d2812c
 @dataclass(frozen=True)
@@ -106,8 +110,7 @@ def pictures_card(config: PicturesConfig, seed: int, images: Images) -> dict[str
     network: dict[str, Any] = {"in_channels": channels, "out_channels": channels, "widths": list(config.widths)}
     network |= {"attention": attention, "num_timesteps": config.timesteps, "num_classes": classes}
     sampler: dict[str, Any] = {"name": config.sampler, "steps": config.steps, "precision": config.precision}
-    clip = None if config.clip is None else list(config.clip)
-    own = {"eta": config.eta, "variance": config.variance, "clip": clip}
+    own = {"eta": config.eta, "variance": config.variance, "clip": config.clip and list(config.clip)}
     sampler |= {name: value for name, value in own.items() if value is not None}
     if classes is not None:
         sampler["scale"] = config.scale
@@ -135,10 +138,6 @@ def _augmentation(config: PicturesConfig) -> Callable[[Tensor, Generator], Tenso
     cut = partial(random_crop, scale=(config.crops, 1.0))
     return (lambda pixels, generator: cut(flip(pixels, generator), generator)) if config.flips else cut
 
-
-def _optimizer(model: torch.nn.Module, config: PicturesConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
-
 # %% ../nbs/A2_3_pictures.ipynb #809c4a6f
 def pictures_training(
     config: PicturesConfig,
@@ -154,26 +153,48 @@ def pictures_training(
     diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
     averages, few = EMAs(trained.model, config.half_lives, "unbiased"), held_out.take(slice(0, 1_000))
     labels = None if config.label_drop is None else few.labels
+    optimizer = torch.optim.AdamW(
+        trained.model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
     def loss(_: Any, batch: Any) -> Tensor:
         x, y = batch
-        if config.label_drop is None:
-            return diffusion.loss(denoiser, x, generator=streams.noise)
-        told = drop_labels(y, config.label_drop, len(train.class_names), streams.noise)
+        p, null = config.label_drop, len(train.class_names)
+        told = None if p is None else drop_labels(y, p, null, streams.noise)
         return diffusion.loss(denoiser, x, told, generator=streams.noise)
 
     def validate() -> dict[str, Any]:
         if watch is not None:
             watch(trained, averages)
-        bins = min(10, len(few))
-        parts = validation_loss(diffusion, denoiser, few.normalise(few.images), labels, bins=bins)
+        parts = validation_loss(diffusion, denoiser, few.normalise(few.images), labels, bins=1)
         return {"validation_loss": float(parts.mean())}
 
     options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs")}
     options |= {"validate": validate, "augment": _augmentation(config), "ema": averages, "folder": folder}
     options |= {"config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
-    history = fit(trained.model, loss, train, _optimizer(trained.model, config), streams, **options)
+    history = fit(trained.model, loss, train, optimizer, streams, **options)
     trained.card |= {"history": history, "environment": environment()}
     trained.model.load_state_dict(averages[config.half_lives[0]].module.state_dict())
     trained.model.eval()
     return trained
+
+# %% ../nbs/A2_3_pictures.ipynb #c354579a
+def pictures_scores(
+    trained: Pretrained,
+    n: int = 1_000,  # samples
+    seed: int = 0,
+    *,
+    reference: Any = None,  # images as for `cifar_features`; the 10,000 test images of CIFAR-10 if not given
+    progress: bool = True,  # show a bar
+    **changes: Any,  # to the card's sampler, such as scale=3
+) -> dict[str, Any]:  # n, seed, sampler, seconds, and what `cifar_scores` finds
+    """Distances of fresh samples on the frozen CifarNet, and agreement with their labels where there are ten."""
+    started, y = time.perf_counter(), trained.labels_for(n)
+    x = trained.sample(n, seed, batch_size=250, progress=progress, **changes)
+    told: dict[str, Any] = {"n": n, "seed": seed, "sampler": trained.card["sampler"] | changes}
+    told["seconds"] = round(time.perf_counter() - started, 1)
+    pixels = 2 * trained.denormalise(x) - 1
+    if pixels.shape[2:] != (32, 32):
+        pixels = interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
+    ten = len(trained.card["class_names"]) == 10
+    return told | cifar_scores(pixels, y if ten else None, reference, resamples=50)

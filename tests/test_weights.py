@@ -12,7 +12,6 @@ from diffusion_book.ddim import ddim
 from diffusion_book.diffusion import with_gain
 from diffusion_book.guidance import Guided
 from diffusion_book.inspection import read_labels
-from diffusion_book.inspection import read_labels
 from diffusion_book.lenet import lenet_features
 from diffusion_book.metrics import fld, moments, noise_share
 from diffusion_book.sampling import ddpm, sample
