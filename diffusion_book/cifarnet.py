@@ -5,6 +5,7 @@
 # %% ../nbs/42_1_cifarnet.ipynb #0cffe515
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,8 @@ from .lenet import checked_images, shipped, unit_pixels
 from .metrics import kernel_distance, score_interval
 
 # %% auto #0
-__all__ = ['CifarNet', 'load_cifarnet', 'cifar_features', 'read_cifar_labels', 'label_agreement', 'cifar_scores']
+__all__ = ['CifarNet', 'load_cifarnet', 'cifar_features', 'read_cifar_labels', 'label_agreement', 'cifar_scores',
+           'sampled_scores']
 
 # %% ../nbs/42_1_cifarnet.ipynb #9dfd8a9a
 class CifarNet(nn.Module):
@@ -136,3 +138,22 @@ def cifar_scores(
     plain = score.pop("plain")
     kernel = kernel_distance(seen, target)
     return {"n": len(seen), "m": len(target), "frechet": plain, **score, "kernel": kernel, **agreed}
+
+# %% ../nbs/42_1_cifarnet.ipynb #77779af2
+def sampled_scores(
+    trained: Any,  # a `Pretrained`
+    n: int = 1_000,  # samples
+    seed: int = 0,
+    *,
+    reference: Any = None,  # images as for `cifar_features`; the 10,000 test images of CIFAR-10 if not given
+    progress: bool = True,  # show a bar
+    **changes: Any,  # to the card's sampler, such as scale=3
+) -> dict[str, Any]:  # n, seed, sampler, seconds, and what `cifar_scores` finds
+    """Distances of fresh samples on the frozen CifarNet, and agreement with their labels where there are ten."""
+    started, y = time.perf_counter(), trained.labels_for(n)
+    x = trained.sample(n, seed, batch_size=250, progress=progress, **changes)
+    told: dict[str, Any] = {"n": n, "seed": seed, "sampler": trained.card["sampler"] | changes}
+    told["seconds"] = round(time.perf_counter() - started, 1)
+    pixels = 2 * trained.denormalise(x) - 1
+    ten = len(trained.card.get("class_names", [])) == 10
+    return told | cifar_scores(pixels, y if ten else None, reference, resamples=50)

@@ -15,17 +15,12 @@ from typing import Any
 
 import torch
 
+from .cifarnet import sampled_scores
 from .core import RandomStreams, data_dir, write_whole
 from .data import Images, load
 from .digits import RECIPES, digits_card, digits_config, digits_training
 from .flower_recipes import FLOWER_RECIPES, flowers_card, flowers_config, flowers_scores, flowers_training
-from diffusion_book.pictures import (
-    PICTURE_RECIPES,
-    pictures_card,
-    pictures_config,
-    pictures_scores,
-    pictures_training,
-)
+from .pictures import PICTURE_RECIPES, pictures_card, pictures_config, pictures_training
 from .tables import parameter_table
 from .viz import save_images
 from .weights import Pretrained, evaluate, load_pretrained, save_pretrained
@@ -90,14 +85,14 @@ def _sample(given: argparse.Namespace) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     trained, options = load_pretrained(given.weights), settings(given.set) | ({"n": given.n} if given.n else {})
-    judges = {"flowers102": flowers_scores, "petals": flowers_scores, "cifar10": pictures_scores}
+    judges = {"flowers102": flowers_scores, "petals": flowers_scores, "cifar10": sampled_scores}
     judge: Any = judges.get(trained.card["data"]["name"], evaluate)
     found = judge(trained, seed=given.seed, progress=given.bar, **options)
     print(json.dumps(found, indent=1))
     if given.out:
         write_whole(given.out, json.dumps(found, indent=1) + "\n")
 
-
+# %% ../nbs/A4_cli.ipynb #f23f1910
 def _params(given: argparse.Namespace) -> None:
     if given.what in RECIPES:
         card = digits_card(digits_config(given.what, "published"), 0)
@@ -126,7 +121,7 @@ def _source(text: str) -> str:
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(known)})")
     return text
 
-
+# %% ../nbs/A4_cli.ipynb #4c979b7b
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "diffusion-book", description="Train, sample and judge the networks of Diffusion Book."

@@ -5,7 +5,6 @@
 # %% ../nbs/A2_3_pictures.ipynb #79d0f165
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import interpolate
 
-from .cifarnet import cifar_scores
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load, random_crop
+from .diffusion import GaussianDiffusion
 from .ema import EMAs
 from .fit import fit, validation_loss
 from .guidance import drop_labels
@@ -26,8 +24,7 @@ from .precision import in_precision
 from .weights import Pretrained
 
 # %% auto #0
-__all__ = ['PICTURE_RECIPES', 'PicturesConfig', 'pictures_config', 'pictures_data', 'pictures_card', 'pictures_training',
-           'pictures_scores']
+__all__ = ['PICTURE_RECIPES', 'PicturesConfig', 'pictures_config', 'pictures_data', 'pictures_card', 'pictures_training']
 
 # %% ../nbs/A2_3_pictures.ipynb #f3d2812c
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     | {"batch_size": 32},
 } | {"full": {}, "published": {}}
 
-
+# %% ../nbs/A2_3_pictures.ipynb #faef81ae
 def pictures_config(
     recipe: str = "narrow",  # or "video", "landscapes"
     preset: str | None = None,  # tiny, quick, full or published; `preset_name()` if not given
@@ -102,7 +99,7 @@ def pictures_data(config: PicturesConfig) -> tuple[Images, Images]:
     cut = max(1, len(images) // 10)
     return images.take(order[cut:]), images.take(order[:cut])
 
-
+# %% ../nbs/A2_3_pictures.ipynb #4a90c3f5
 def pictures_card(config: PicturesConfig, seed: int, images: Images) -> dict[str, Any]:
     """What a run on such images trains, how it samples and what its pixels mean, as plain values."""
     channels, classes = images.images.shape[1], len(images.class_names) if config.label_drop is not None else None
@@ -138,6 +135,17 @@ def _augmentation(config: PicturesConfig) -> Callable[[Tensor, Generator], Tenso
     cut = partial(random_crop, scale=(config.crops, 1.0))
     return (lambda pixels, generator: cut(flip(pixels, generator), generator)) if config.flips else cut
 
+
+def _loss(config: PicturesConfig, diffusion: GaussianDiffusion, denoiser: Any, noise: Generator, null: int) -> Any:
+    """Of (model, batch): labels hidden one by one, where the network takes any."""
+
+    def loss(_: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        told = None if config.label_drop is None else drop_labels(y, config.label_drop, null, noise)
+        return diffusion.loss(denoiser, x, told, generator=noise)
+
+    return loss
+
 # %% ../nbs/A2_3_pictures.ipynb #809c4a6f
 def pictures_training(
     config: PicturesConfig,
@@ -149,52 +157,23 @@ def pictures_training(
     """Train an attention U-Net on pictures, or finish what an interrupted call has left in the folder."""
     train, held_out = (images.to(device()) for images in pictures_data(config))
     trained = Pretrained.fresh(pictures_card(config, streams.seed, train), streams.initialisation)
-    trained.model.to(device())
-    diffusion, denoiser = trained.diffusion, in_precision(trained.model, config.precision)
-    averages, few = EMAs(trained.model, config.half_lives, "unbiased"), held_out.take(slice(0, 1_000))
-    labels = None if config.label_drop is None else few.labels
+    model, diffusion = trained.model.to(device()), trained.diffusion
+    denoiser = in_precision(model, config.precision)
+    averages, x = EMAs(model, config.half_lives, "unbiased"), held_out.normalise(held_out.images[:1_000])
+    labels = None if config.label_drop is None else held_out.labels[:1_000]
+    loss = _loss(config, diffusion, denoiser, streams.noise, len(train.class_names))
     optimizer = torch.optim.AdamW(
-        trained.model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-
-    def loss(_: Any, batch: Any) -> Tensor:
-        x, y = batch
-        p, null = config.label_drop, len(train.class_names)
-        told = None if p is None else drop_labels(y, p, null, streams.noise)
-        return diffusion.loss(denoiser, x, told, generator=streams.noise)
 
     def validate() -> dict[str, Any]:
         if watch is not None:
             watch(trained, averages)
-        parts = validation_loss(diffusion, denoiser, few.normalise(few.images), labels, bins=1)
-        return {"validation_loss": float(parts.mean())}
+        return {"validation_loss": float(validation_loss(diffusion, denoiser, x, labels, bins=1))}
 
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs")}
-    options |= {"validate": validate, "augment": _augmentation(config), "ema": averages, "folder": folder}
-    options |= {"config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
-    history = fit(trained.model, loss, train, optimizer, streams, **options)
-    trained.card |= {"history": history, "environment": environment()}
-    trained.model.load_state_dict(averages[config.half_lives[0]].module.state_dict())
-    trained.model.eval()
+    options: dict[str, Any] = {"batch_size": config.batch_size, "epochs": config.epochs, "validate": validate}
+    options |= {"augment": _augmentation(config), "ema": averages, "folder": folder, "progress": progress}
+    options["config"] = {"seed": streams.seed, **asdict(config)}
+    trained.card |= {"history": fit(model, loss, train, optimizer, streams, **options), "environment": environment()}
+    trained.model = averages[config.half_lives[0]].module
     return trained
-
-# %% ../nbs/A2_3_pictures.ipynb #c354579a
-def pictures_scores(
-    trained: Pretrained,
-    n: int = 1_000,  # samples
-    seed: int = 0,
-    *,
-    reference: Any = None,  # images as for `cifar_features`; the 10,000 test images of CIFAR-10 if not given
-    progress: bool = True,  # show a bar
-    **changes: Any,  # to the card's sampler, such as scale=3
-) -> dict[str, Any]:  # n, seed, sampler, seconds, and what `cifar_scores` finds
-    """Distances of fresh samples on the frozen CifarNet, and agreement with their labels where there are ten."""
-    started, y = time.perf_counter(), trained.labels_for(n)
-    x = trained.sample(n, seed, batch_size=250, progress=progress, **changes)
-    told: dict[str, Any] = {"n": n, "seed": seed, "sampler": trained.card["sampler"] | changes}
-    told["seconds"] = round(time.perf_counter() - started, 1)
-    pixels = 2 * trained.denormalise(x) - 1
-    if pixels.shape[2:] != (32, 32):
-        pixels = interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
-    ten = len(trained.card["class_names"]) == 10
-    return told | cifar_scores(pixels, y if ten else None, reference, resamples=50)

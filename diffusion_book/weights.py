@@ -152,7 +152,7 @@ def _heard(pixels: Tensor, features: Tensor, y: Tensor) -> dict[str, Any]:
     lists = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in shares.items()}
     return {"agreement": table.accuracy} | lists
 
-
+# %% ../nbs/A3_weights.ipynb #6ee95c6a
 def evaluate(
     trained: Pretrained,
     n: int = 10_000,  # samples
@@ -173,12 +173,8 @@ def evaluate(
     features = lenet_features(pixels)
     generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap"))
     score = score_interval(features, reference, generator=generator)
-    found: dict[str, Any] = {
-        "n": n,
-        "seed": seed,
-        "sampler": sampler_options(trained.card, changes),
-        "seconds": round(seconds, 1),
-    }
+    found: dict[str, Any] = {"n": n, "seed": seed, "sampler": sampler_options(trained.card, changes)}
+    found["seconds"] = round(seconds, 1)
     found |= {"fld": score.plain, "value": score.value, "low": score.low, "high": score.high}
     found["noise_share"] = noise_share(score.plain, reference)
     if y is not None:

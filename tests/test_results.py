@@ -77,15 +77,17 @@ def test_baselines_rank_as_they_must():
 
 # MNIST
 
+PLAIN = [name for name, config in RECIPES.items() if config.label_drop is None]
 MNIST = {
-    name: json.loads(path.read_text()) for name in RECIPES if (path := ROOT / "results" / f"mnist_{name}.json").exists()
+    name: json.loads(path.read_text()) for name in PLAIN if (path := ROOT / "results" / f"mnist_{name}.json").exists()
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_mnist_records_belong_to_the_recipes_of_the_library(name):
     record, config = MNIST[name], digits_config(name, "published")
-    assert record["config"] == json.loads(json.dumps(asdict(config)))
+    later = {"label_drop": None, "half_lives": [], "scale": None}  # fields that came after these runs
+    assert later | record["config"] == json.loads(json.dumps(asdict(config)))
     assert [run["seed"] for run in record["runs"]] == list(range(3 if name == "ours" else 1))
     parameters = {"published": 602_705, "published-plain": 376_913, "published-narrow": 403_409, "ours": 602_705}
     for run in record["runs"]:

@@ -1,4 +1,4 @@
-"""Train and judge guided networks on MNIST; write results/mnist_guided.json and the weights "mnist-guided".
+"""Train and judge guided networks on MNIST; write results/guided_mnist.json and the weights "mnist-guided".
 
     python tools/reproduce_guided.py train published ours     # half an hour of one core, and an hour
     python tools/reproduce_guided.py sweep averages           # scales from 0 to 10, and half-lives along training
@@ -143,14 +143,14 @@ def judge() -> None:
         for name in RECIPES
     }
     record = {
-        "name": "mnist_guided",
+        "name": "guided_mnist",
         "command": "python tools/reproduce_guided.py train published ours sweep averages judge",
         "sampler": "in each row",
         "config": {name: asdict(digits_config(recipe, "published")) for name, recipe in RECIPES.items()},
         "environment": {**environment(), "preset": "published"},
         "runs": {"rows": rows, "sweep": sweep(), "averages": averages(), "real": real_digits(), "history": histories},
     }
-    write_whole(ROOT / "results" / "mnist_guided.json", json.dumps(record, indent=1) + "\n")
+    write_whole(ROOT / "results" / "guided_mnist.json", json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:

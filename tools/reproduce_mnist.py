@@ -189,7 +189,9 @@ def ddim(given: argparse.Namespace) -> None:
 def main() -> None:
     others = {"ablation": ablation, "short": short, "samplers": samplers, "ddim": ddim}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=[*RECIPES, *others])
+    parser.add_argument(
+        "names", nargs="+", choices=[*(name for name in RECIPES if not name.startswith("guided")), *others]
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--n", type=int, default=10_000, help="samples to judge a run by")
     parser.add_argument("--ship", action="store_true", help="put the weights of seed 0 into the library")

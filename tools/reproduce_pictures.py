@@ -1,4 +1,4 @@
-"""Train and judge the attention U-Net on CIFAR-10 and on a folder of sprites; write results/cifar10_guided.json and weights.
+"""Train and judge the attention U-Net on CIFAR-10 and on a folder of sprites; write results/guided_cifar10.json and weights.
 
     python tools/reproduce_pictures.py cifar10               # an hour and more of one core
     python tools/reproduce_pictures.py judge ship            # the four grids by numbers and as a picture; "cifar10-guided"
@@ -20,9 +20,10 @@ import numpy as np
 from frozen import ship
 from PIL import Image
 
+from diffusion_book.cifarnet import sampled_scores
 from diffusion_book.core import RandomStreams, data_dir, write_whole
 from diffusion_book.ema import EMAs
-from diffusion_book.pictures import PicturesConfig, pictures_config, pictures_scores, pictures_training
+from diffusion_book.pictures import PicturesConfig, pictures_config, pictures_training
 from diffusion_book.player import image_bytes, to_image
 from diffusion_book.viz import image_grid
 from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
@@ -71,7 +72,7 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The scores of samples, each class as often, taken from the folder where it was measured before."""
     path = folder / f"{'-'.join([f'scores-{n}', *(f'{key}={value}' for key, value in changes.items())])}.json"
     if not path.exists():
-        write_whole(path, json.dumps(pictures_scores(load_pretrained(folder), n, **changes), indent=1) + "\n")
+        write_whole(path, json.dumps(sampled_scores(load_pretrained(folder), n, **changes), indent=1) + "\n")
     found = json.loads(path.read_text())
     print(folder.name, changes, {key: found[key] for key in ("frechet", "kernel", "agreement", "seconds")}, flush=True)
     return found
@@ -82,7 +83,7 @@ def judge(n: int = 1_000) -> None:
     rows = {label: judged(last / weights, n, scale=scale) for label, (weights, scale) in CELLS.items()}
     card = load_pretrained(CIFAR).card
     record = {
-        "name": "cifar10_guided",
+        "name": "guided_cifar10",
         "command": "python tools/reproduce_pictures.py cifar10 judge",
         "sampler": "in each row",
         "config": card["config"],
@@ -93,7 +94,7 @@ def judge(n: int = 1_000) -> None:
             "cells": rows,
         },
     }
-    write_whole(ROOT / "results" / "cifar10_guided.json", json.dumps(record, indent=1) + "\n")
+    write_whole(ROOT / "results" / "guided_cifar10.json", json.dumps(record, indent=1) + "\n")
     write_whole(ROOT / "assets" / "cifar10-four.jpg", four_grids(last))
 
 
@@ -161,7 +162,7 @@ def sprites() -> None:
 
 def main() -> None:
     verbs: dict[str, Any] = {"cifar10": cifar10, "judge": judge, "sprites": sprites}
-    verbs["ship"] = lambda: ship(CIFAR, "cifar10-guided", partial(pictures_scores, n=1_000))
+    verbs["ship"] = lambda: ship(CIFAR, "cifar10-guided", partial(sampled_scores, n=1_000))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=list(verbs))
     for verb in parser.parse_args().verbs:
