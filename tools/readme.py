@@ -92,22 +92,6 @@ def mnist_table(results: Path) -> str:
     )
 
 
-def guided_table(results: Path) -> str:
-    """Rows of 10,000 guided samples; a row whose scale is neither 0 nor 1 asks the network twice a step."""
-    columns = "w | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓ | agreement ↑"
-    lines = [f"| MNIST with labels, 10,000 samples | {columns} |", "| --- |" + " ---: |" * 7]
-    runs = json.loads((results / "guided_mnist.json").read_text())["runs"]
-    for label, row in runs["rows"].items():
-        scale = row["sampler"]["scale"]
-        cost = f"{scale:g} | {row['evaluations']} | {row['cpu_seconds'] / 60:.0f}"
-        score = f"{row['fld']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['noise_share']:.2%}"
-        lines.append(f"| {label} | {cost} | {score} | {row['agreement']:.2%} |")
-    parameters = next(iter(runs["rows"].values()))["parameters"]
-    lines.append(f"| test images | – | – | – | – | – | – | {runs['real']['agreement']:.2%} |")
-    note = f"{parameters:,} parameters; a thousand of each digit; agreement: read by the LeNet as what was asked for."
-    return "\n".join([*lines, "", note, ""])
-
-
 def flowers_line(label: str, steps: str, row: dict, far: float, frechet: str) -> str:
     interval = f"{row['low']:.2f} to {row['high']:.2f}"
     scores = f"{row['swd']:.3f} | {row['swd'] / far:.1%} | {row[frechet]:.2f} | {interval} | {row['kernel']:.3f}"
@@ -133,7 +117,7 @@ def flowers_table(results: Path) -> str:
 
 
 def table(results: Path) -> str:
-    return "\n".join(make(results) for make in (spiral_table, mnist_table, flowers_table, guided_table))
+    return "\n".join(make(results) for make in (spiral_table, mnist_table, flowers_table))
 
 
 def main() -> None:

@@ -125,6 +125,15 @@ CHOSEN: dict[str, dict[str, Any]] = {  # rows of 10,000 samples
 }
 
 
+def evaluations(network: Pretrained, sampler: dict[str, Any]) -> int:
+    """How often a sample asks the network: counted with one sample, a doubled batch counts twice."""
+    asked = []
+    hook = network.model.register_forward_hook(lambda _, given, __: asked.append(len(given[0])))
+    network.sample(1, progress=False, **sampler)
+    hook.remove()
+    return sum(asked)
+
+
 def judge() -> None:
     rows = {}
     for label, options in CHOSEN.items():
@@ -135,6 +144,7 @@ def judge() -> None:
             "parameters": sum(p.numel() for p in load_pretrained(folder).model.parameters()),
             "cpu_seconds": card["history"][-1]["cpu_seconds"],
         }
+        rows[label]["evaluations"] = evaluations(load_pretrained(folder), rows[label]["sampler"])
     histories = {
         name: [
             {key: row[key] for key in ("epoch", "loss", "validation_loss", "cpu_seconds")}
