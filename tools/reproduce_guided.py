@@ -1,6 +1,6 @@
 """Train and judge guided networks on MNIST; write results/guided_mnist.json and the weights "mnist-guided".
 
-    python tools/reproduce_guided.py train published ours     # half an hour of one core, and an hour
+    python tools/reproduce_guided.py published ours           # trains: half an hour of one core, and an hour
     python tools/reproduce_guided.py sweep averages           # scales from 0 to 10, and half-lives along training
     python tools/reproduce_guided.py judge ship               # 10,000 samples of each, and the record
 
@@ -13,10 +13,10 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from frozen import ship
 
 from diffusion_book.core import RandomStreams, environment, write_whole
@@ -154,7 +154,7 @@ def judge() -> None:
     }
     record = {
         "name": "guided_mnist",
-        "command": "python tools/reproduce_guided.py train published ours sweep averages judge",
+        "command": "python tools/reproduce_guided.py published ours sweep averages judge",
         "sampler": "in each row",
         "config": {name: asdict(digits_config(recipe, "published")) for name, recipe in RECIPES.items()},
         "environment": {**environment(), "preset": "published"},
@@ -165,16 +165,12 @@ def judge() -> None:
 
 def main() -> None:
     verbs: dict[str, Any] = {"sweep": sweep, "averages": averages, "judge": judge}
-    verbs |= {name: lambda name=name: train(name) for name in RECIPES}
-    verbs |= {
-        "train": lambda: None,
-        "ship": lambda: ship(run_folder("ours"), "mnist-guided", lambda half: evaluate(half, 10_000)),
-    }
+    verbs |= {name: partial(train, name) for name in RECIPES}
+    verbs["ship"] = partial(ship, run_folder("ours"), "mnist-guided", partial(evaluate, n=10_000))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verbs", nargs="+", choices=list(verbs))
-    with torch.inference_mode(False):
-        for verb in parser.parse_args().verbs:
-            verbs[verb]()
+    for verb in parser.parse_args().verbs:
+        verbs[verb]()
 
 
 if __name__ == "__main__":
