@@ -83,7 +83,7 @@ def build_sampler(
     """A sampler from plain values. ValueError for names that do not exist and where the network knows no classes."""
     given = dict(options)
     gain, precision = given.pop("gain", None), given.pop("precision", "float32")
-    guidance = {key: given.pop(key) for key in _GUIDANCE if given.get(key) is not None}
+    guidance = {key: value for key in _GUIDANCE if (value := given.pop(key, None)) is not None}
     null, denoiser = getattr(model, "null_label", None), in_precision(model, precision)
     if null is None and (guidance or y is not None):
         asked = ", ".join(guidance) or "labels"

@@ -96,6 +96,15 @@ def test_interval_and_rescale_reach_the_guidance():
     assert torch.equal(run(DDIM | more, model, x, y), sample(own, progress=False))
 
 
+@pytest.mark.parametrize("name", ["interval", "rescale", "gain"])
+def test_none_takes_an_option_away(name):
+    model, x, y = seeded(num_classes=3), start(), torch.tensor([0, 1, 2, 1])
+    for sampler in (DDIM, {"name": "ddpm", "steps": 3}):
+        assert torch.equal(
+            run(sampler | {"scale": 2.0, name: None}, model, x, y), run(sampler | {"scale": 2.0}, model, x, y)
+        )
+
+
 def test_labels_without_a_scale_are_told_once():
     model, x, y = seeded(num_classes=3), start(), torch.tensor([0, 1, 2, 1])
     calls = []
