@@ -43,11 +43,14 @@ class DigitsConfig:
     label_drop: float | None = None  # share of labels that are hidden in training; None: a network without labels
     half_lives: tuple[float, ...] = ()  # of the averages that are kept beside the weights, in steps
     precision: str = "bf16"
+    sampler: str = "ddpm"  # or "ddim"
     steps: int = 100  # moves of the sampler
-    variance: str = "posterior"
+    variance: str = "posterior"  # of "ddpm"
+    eta: float = 0.0  # of "ddim"
     clip: tuple[float, float] | None = (-1.0, 1.0)
     gain: float | None = None  # on the estimates of x0, see `with_gain`
     scale: float | None = None  # of guidance, for a network with labels
+    interval: tuple[float, float] | None = None  # times at which it is guided; None: all
     samples: int = 10_000  # drawn to judge the network
 
 # %% ../nbs/A2_1_digits.ipynb #6e401119
@@ -68,9 +71,10 @@ RECIPES = {
     ),
 }
 _AVERAGED: dict[str, Any] = {"half_lives": (30, 100, 300, 1_000, 3_000)}
+_DRAWN: dict[str, Any] = {"sampler": "ddim", "steps": 24, "eta": 0.5, "gain": None, "scale": 2.2, "interval": (20, 70)}
 RECIPES |= {
     "guided-published": replace(_PUBLISHED, label_drop=0.2, scale=2.0, **_AVERAGED),
-    "guided": replace(RECIPES["ours"], label_drop=0.1, epochs=24, scale=1.0, **_AVERAGED),
+    "guided": replace(RECIPES["ours"], label_drop=0.1, epochs=48, **_DRAWN, **_AVERAGED),
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"data": "digits", "channels": 8, "batch_size": 64, "epochs": 1, "samples": 64},
@@ -117,8 +121,9 @@ def digits_card(config: DigitsConfig, seed: int) -> dict[str, Any]:
         network["num_classes"] = 10
     schedule = {"schedule": "cosine", "T": config.timesteps}
     clip = None if config.clip is None else list(config.clip)
-    sampler: dict[str, Any] = {"name": "ddpm", "steps": config.steps, "variance": config.variance, "clip": clip}
-    sampler |= {name: value for name in ("gain", "scale") if (value := getattr(config, name)) is not None}
+    sampler: dict[str, Any] = {"name": config.sampler, "steps": config.steps, "clip": clip}
+    sampler |= {"variance": config.variance} if config.sampler == "ddpm" else {"eta": config.eta}
+    sampler |= {name: value for name in ("gain", "scale", "interval") if (value := getattr(config, name)) is not None}
     return {
         "name": f"{config.data}-unet",
         "diffusion": schedule | {"prediction": config.prediction},

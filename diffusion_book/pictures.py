@@ -56,7 +56,7 @@ class PicturesConfig:
 
 # %% ../nbs/A2_3_pictures.ipynb #82ab3ab1
 _VIDEO = PicturesConfig()
-_FAST: dict[str, Any] = {"sampler": "ddim", "steps": 50, "eta": 0.0, "variance": None, "clip": (-1.0, 1.0)}
+_FAST: dict[str, Any] = {"sampler": "ddim", "steps": 50, "eta": 1.0, "variance": None, "clip": (-1.0, 1.0)}
 _NARROW: dict[str, Any] = {"size": 32, "widths": (32, 64, 64), "attention": (2, 3), "batch_size": 32, "flips": True}
 PICTURE_RECIPES = {
     "video": _VIDEO,

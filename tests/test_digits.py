@@ -46,12 +46,25 @@ def test_our_recipe_samples_in_twenty_evaluations_and_is_no_larger():
 
 def test_guided_recipes_are_their_models_with_labels_and_averages():
     labels = {"label_drop", "scale", "half_lives"}
-    for recipe, base, changed in (("guided-published", "published", labels), ("guided", "ours", labels | {"epochs"})):
+    drawn = {"sampler", "steps", "eta", "gain", "interval"}
+    bases = {"guided-published": ("published", labels), "guided": ("ours", labels | drawn | {"epochs"})}
+    for recipe, (base, changed) in bases.items():
         one, other = (asdict(digits_config(name, "published")) for name in (recipe, base))
         assert {name for name, value in one.items() if value != other[name]} == changed
     theirs, ours = (digits_config(name, "published") for name in ("guided-published", "guided"))
     assert (theirs.label_drop, theirs.scale) == (0.2, 2.0)  # those of the Julia library
-    assert (ours.label_drop, ours.scale) == (0.1, 1.0) and theirs.half_lives == ours.half_lives
+    assert ours.label_drop == 0.1 and theirs.half_lives == ours.half_lives
+
+
+def test_a_card_has_the_options_of_its_sampler():
+    config = digits_config("guided", "tiny")
+    sampler = digits_card(config, 0)["sampler"]
+    assert sampler["name"] == "ddim" and sampler["eta"] == config.eta and "variance" not in sampler
+    assert tuple(sampler["interval"]) == config.interval and "gain" not in sampler
+    ancestral = digits_card(replace(config, sampler="ddpm", interval=None), 0)["sampler"]
+    assert ancestral["variance"] == "posterior" and not {"eta", "interval"} & ancestral.keys()
+    drawn = Pretrained.fresh(digits_card(config, 0)).sample(2, progress=False)
+    assert drawn.shape == (2, 1, 28, 28) and drawn.isfinite().all()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

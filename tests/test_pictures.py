@@ -62,7 +62,7 @@ def test_a_card_has_what_a_sampler_needs():
     assert told["sampler"] == {"name": "ddpm", "steps": 1_000, "precision": "bf16", "variance": "forward", "scale": 3.0}
     assert told["network"]["num_classes"] == 10 and told["class_names"] == list("0123456789")
     narrow = pictures_card(PICTURE_RECIPES["narrow"], 0, load("petals", "test", 8))
-    assert narrow["sampler"]["eta"] == 0.0 and narrow["sampler"]["clip"] == [-1.0, 1.0]
+    assert narrow["sampler"]["eta"] == 1.0 and narrow["sampler"]["clip"] == [-1.0, 1.0]
     assert "variance" not in narrow["sampler"]
 
 
