@@ -34,13 +34,14 @@ LOOKS = (1, 2, 4, 8, 12)  # epochs of CIFAR-10 whose weights and averages are ke
 PER_EPOCH = 50_000 // 32
 GROWTH = (1, 3, 6, 12, 25, 60)  # epochs of the sprites at which the same noises are drawn
 KINDS = ("monster", "item")  # the sprites that show one thing each
-CELLS: dict[str, tuple[str, float]] = {  # weights, scale
-    "plain": ("raw", 1.0),
-    "EMA": ("138", 1.0),
-    "CFG": ("raw", 3.0),
-    "both": ("138", 3.0),
-    "half-life 1,000": ("1000", 1.0),
-    "half-life 1,000, CFG": ("1000", 3.0),
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {  # weights, and how they are drawn from
+    "plain": ("raw", {"scale": 1.0}),
+    "EMA": ("138", {"scale": 1.0}),
+    "CFG": ("raw", {"scale": 3.0}),
+    "both": ("138", {"scale": 3.0}),
+    "both, half-life 1,000": ("1000", {"scale": 3.0}),
+    "plain, eta 0": ("raw", {"scale": 1.0, "eta": 0.0}),
+    "both, eta 0": ("138", {"scale": 3.0, "eta": 0.0}),
 }
 
 
@@ -80,7 +81,7 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
 
 def judge(n: int = 1_000) -> None:
     last = CIFAR / f"epoch-{LOOKS[-1]}"
-    rows = {label: judged(last / weights, n, scale=scale) for label, (weights, scale) in CELLS.items()}
+    rows = {label: judged(last / weights, n, **options) for label, (weights, options) in CELLS.items()}
     card = load_pretrained(CIFAR).card
     record = {
         "name": "guided_cifar10",
@@ -101,9 +102,9 @@ def judge(n: int = 1_000) -> None:
 def four_grids(folder: Path) -> bytes:
     """Plain, EMA, CFG and both, from the same noises: ten classes from left to right, four of each."""
     grids = []
-    for weights, scale in list(CELLS.values())[:4]:
+    for weights, options in list(CELLS.values())[:4]:
         network = load_pretrained(folder / weights)
-        x = network.sample(40, seed=1, batch_size=40, progress=False, scale=scale)
+        x = network.sample(40, seed=1, batch_size=40, progress=False, **options)
         grids.append(image_grid(2 * network.denormalise(x) - 1, columns=10))
     gap = [np.full_like(grids[0][:, :6], 255), np.full((6, 2 * grids[0].shape[1] + 6, 3), 255, np.uint8)]
     rows = [np.concatenate([left, gap[0], right], 1) for left, right in (grids[:2], grids[2:])]
