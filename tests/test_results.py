@@ -7,16 +7,20 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import ema_rows
 import pytest
 import readme
 import reproduce_flowers
+import reproduce_guided
 import reproduce_mnist
+import reproduce_pictures
 import reproduce_spiral
 from conftest import ROOT
 
 from diffusion_book.digits import RECIPES, digits_card, digits_config
 from diffusion_book.flower_recipes import flowers_config
 from diffusion_book.metrics import noise_share
+from diffusion_book.pictures import pictures_config
 from diffusion_book.presets import spiral_config
 from diffusion_book.weights import load_pretrained
 
@@ -86,7 +90,7 @@ MNIST = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_mnist_records_belong_to_the_recipes_of_the_library(name):
     record, config = MNIST[name], digits_config(name, "published")
-    later = {"label_drop": None, "half_lives": [], "scale": None}  # fields that came after these runs
+    later = {"label_drop": None, "half_lives": [], "sampler": "ddpm", "eta": 0.0, "scale": None, "interval": None}
     assert later | record["config"] == json.loads(json.dumps(asdict(config)))
     assert [run["seed"] for run in record["runs"]] == list(range(3 if name == "ours" else 1))
     parameters = {"published": 602_705, "published-plain": 376_913, "published-narrow": 403_409, "ours": 602_705}
@@ -189,3 +193,106 @@ def test_losses_are_compared_on_one_network():
     for runs in record["runs"]["rows"].values():
         for run in runs:
             assert 0 < run["errors"]["noise_l1"] < 0.4 and [*run["scores"]] == ["5", "20", "80"]
+
+
+# Guided digits
+
+
+def guided():
+    return json.loads((ROOT / "results" / "guided_mnist.json").read_text())
+
+
+def test_guided_runs_belong_to_the_recipes_of_the_library():
+    record = guided()
+    for name, recipe in reproduce_guided.RECIPES.items():
+        config = digits_config(recipe, "published")
+        assert record["config"][name] == json.loads(json.dumps(asdict(config)))
+        assert [row["epoch"] for row in record["runs"]["history"][name]] == list(range(1, config.epochs + 1))
+    assert [*record["runs"]["rows"]] == [*reproduce_guided.CHOSEN]
+    for label, row in record["runs"]["rows"].items():
+        assert row["n"] == 10_000 and row["parameters"] == 622_865, label
+        assert row["low"] < row["value"] < row["high"] and row["value"] < row["fld"]
+        assert row["noise_share"] == pytest.approx(noise_share(row["fld"]), rel=1e-6)
+        assert row["agreement"] == pytest.approx(sum(row["recall"]) / 10)  # a thousand of each
+
+
+def test_every_scale_was_tried_with_both_samplers():
+    sweep = guided()["runs"]["sweep"]
+    assert [*sweep] == [*reproduce_guided.SAMPLERS]
+    for rows in sweep.values():
+        assert [float(scale) for scale in rows] == [*reproduce_guided.SCALES]
+        agreement = [row["agreement"] for row in rows.values()]
+        assert agreement[0] < 0.2 and min(agreement[3:]) > 0.98  # from w = 1.5 on
+        spread = [sum(row["spread"]) for scale, row in rows.items() if float(scale) >= 1]
+        assert spread == sorted(spread, reverse=True) or max(spread) == spread[0]
+
+
+def test_evaluations_are_those_that_the_network_was_asked():
+    rows = guided()["runs"]["rows"]
+    assert rows["published"]["evaluations"] == 200
+    for label, row in rows.items():
+        options = {k: v for k, v in reproduce_guided.CHOSEN[label].items() if k != "of"}
+        sampler = {"interval": None} | row["sampler"]  # the card's own has one
+        assert reproduce_guided.evaluations(load_pretrained("mnist-guided"), sampler) == row["evaluations"]
+        assert all(row["sampler"][key] == (list(v) if isinstance(v, tuple) else v) for key, v in options.items())
+
+
+def test_averages_are_told_for_every_half_life():
+    averages = guided()["runs"]["averages"]
+    names = ["raw", *(f"{steps:g}" for steps in digits_config("guided-published", "published").half_lives)]
+    assert [*averages["along"]] == [str(epoch) for epoch in reproduce_guided.AVERAGED]
+    assert all([*rows] == names for rows in averages["along"].values())
+    last = averages["along"]["15"]
+    assert averages["best"] == min(names[1:], key=lambda name: last[name]["fld"])
+    assert all(row["n"] == 10_000 for row in averages["end"].values())
+
+
+def test_the_guided_network_of_the_library_is_the_one_of_the_record():
+    card, best = load_pretrained("mnist-guided").card, guided()["runs"]["rows"]["ours"]
+    assert card["config"] == guided()["config"]["ours"] and card["sampler"] == best["sampler"]
+    assert card["metrics"]["n"] == best["n"] and best["evaluations"] <= 40
+    assert card["metrics"]["fld"] == pytest.approx(best["fld"], rel=0.1)  # half precision on disk changes little
+    assert card["metrics"]["agreement"] == pytest.approx(best["agreement"], abs=0.002)
+
+
+# CIFAR-10, sprites, averages
+
+
+def pictures_record(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def test_the_four_grids_have_numbers_and_intervals():
+    record = pictures_record("guided_cifar10")
+    assert record["config"] == json.loads(json.dumps(asdict(pictures_config("narrow", "published"))))
+    cells = record["runs"]["cells"]
+    assert [*cells] == [*reproduce_pictures.CELLS] and [*cells][:4] == ["plain", "EMA", "CFG", "both"]
+    for label, row in cells.items():
+        options = reproduce_pictures.CELLS[label][1]
+        assert row["n"] == 1_000 and {key: row["sampler"][key] for key in options} == options
+        assert row["low"] < row["value"] < row["high"] and row["value"] < row["frechet"]
+        assert row["agreement_low"] < row["agreement"] < row["agreement_high"]
+    last = reproduce_pictures.LOOKS[-1]
+    assert [row["epoch"] for row in record["runs"]["history"]] == list(range(1, last + 1))
+
+
+def test_the_painter_of_the_library_is_the_one_of_the_record():
+    card = load_pretrained("cifar10-guided").card
+    assert card["config"] == pictures_record("guided_cifar10")["config"]
+    assert card["metrics"]["n"] == 1_000 and (ROOT / "assets" / "cifar10-four.jpg").stat().st_size < 150_000
+
+
+def test_sprites_are_told_with_their_growth():
+    runs = pictures_record("sprites")["runs"]
+    assert runs["growth"] == [*reproduce_pictures.GROWTH] and runs["history"][-1]["epoch"] == runs["growth"][-1]
+    assert runs["history"][-1]["validation_loss"] < runs["history"][0]["validation_loss"]
+    assert (ROOT / "assets" / "sprites-growth.png").exists()
+
+
+def test_averages_of_earlier_runs_belong_to_their_last_steps():
+    runs = pictures_record("ema_rows")["runs"]
+    assert [*runs] == [*ema_rows.RUNS]
+    for name, run in runs.items():
+        assert [*run["rows"]] == ["raw", "average"] and run["half_life"] == ema_rows.RUNS[name]["half_life"]
+        assert run["largest_difference"] < 1e-3, name  # the steps taken again end where they ended before
+        assert run["steps"] < 1_000 and len({row["n"] for row in run["rows"].values()}) == 1

@@ -17,6 +17,7 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
     "A5_1_solutions": ("Part I:",),
     "A5_2_solutions": ("Part II:", "47_files", "48_folders", "52_checkpoint"),
     "A5_3_solutions": ("Part III:",),
+    "A5_4_solutions": ("Part IV:",),
 }
 
 Cell = Mapping[str, object]
