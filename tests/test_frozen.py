@@ -53,3 +53,16 @@ def test_shipped_weights_are_judged_as_they_are_shipped(tmp_path, monkeypatch):
     for name, value in judged[0].model.state_dict().items():
         assert torch.equal(stored[name].to(value.dtype), value)
     assert load_pretrained(tmp_path / "run").card["name"] == "little"  # the run itself stays as it is
+
+
+def test_what_was_measured_is_measured_once(tmp_path, capsys):
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"fld": 1.5, "n": 10}
+
+    path = tmp_path / "run" / "scores.json"
+    first, second = (frozen.measured(path, measure, "fld", "frechet") for _ in range(2))
+    assert first == second == {"fld": 1.5, "n": 10} and len(calls) == 1
+    assert capsys.readouterr().out.splitlines() == ["run scores {'fld': 1.5, 'frechet': None}"] * 2

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from frozen import measured
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -107,7 +109,7 @@ def averages(name: str) -> None:
     save_pretrained(target, Pretrained(old.diffusion, average, old.card))
     pairs = zip(again.parameters(), old.model.parameters(), strict=True)
     end = {
-        "largest_difference": max(float((one - other).abs().max()) for one, other in pairs),
+        "largest_difference": max(float((one - other).detach().abs().max()) for one, other in pairs),
         "threads": torch.get_num_threads(),
         "steps": old.card["history"][-1]["step"] - RUNS[name]["start"],
     }
@@ -116,18 +118,9 @@ def averages(name: str) -> None:
 
 
 def judged(folder: Path, name: str) -> dict[str, Any]:
-    """The scores of one network, taken from its folder where they were measured before."""
-    path, network = folder / "scores.json", load_pretrained(folder)
-    if not path.exists():
-        scores = flowers_scores if name.startswith("flowers") else evaluate
-        write_whole(path, json.dumps(scores(network, **RUNS[name]["sampler"]), indent=1) + "\n")
-    found = json.loads(path.read_text())
-    print(
-        path.relative_to(ROOT),
-        {key: found.get(key) for key in ("fld", "frechet", "low", "high", "seconds")},
-        flush=True,
-    )
-    return found
+    scores = flowers_scores if name.startswith("flowers") else evaluate
+    measure = partial(scores, load_pretrained(folder), **RUNS[name]["sampler"])
+    return measured(folder / "scores.json", measure, "fld", "frechet", "low", "high", "seconds")
 
 
 def judge() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_book.core import environment, write_whole
+from diffusion_book.ema import EMAs
 from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "diffusion_book" / "weights"
@@ -43,6 +44,22 @@ def freeze(target: Path, tensors: Mapping[str, Tensor], card: dict[str, Any]) ->
     write_whole(target, content)
     write_whole(target.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
+
+
+def measured(path: Path, measure: Callable[[], dict[str, Any]], *told: str) -> dict[str, Any]:
+    """What was measured, taken from a file where it was measured before; some of it is printed."""
+    if not path.exists():
+        write_whole(path, json.dumps(measure(), indent=1) + "\n")
+    found = json.loads(path.read_text())
+    print(path.parent.name, path.stem, {key: found.get(key) for key in told}, flush=True)
+    return found
+
+
+def keep_look(folder: Path, trained: Pretrained, averages: EMAs) -> None:
+    """The weights of an epoch and their averages, each as a folder that `load_pretrained` reads."""
+    save_pretrained(folder / "raw", trained)
+    for steps, average in averages.items():
+        save_pretrained(folder / f"{steps:g}", Pretrained(trained.diffusion, average.module, trained.card))
 
 
 def ship(folder: Path, name: str, judge: Callable[[Pretrained], dict[str, Any]]) -> None:

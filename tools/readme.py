@@ -22,6 +22,11 @@ COLUMNS = {
 DIGITS = {"distance": 4, "coverage_0.02": 3, "ks": 3, "loss_ratio": 4, "train_seconds": 0}
 
 
+def heading(title: str, columns: str) -> list[str]:
+    """The two lines above the rows: a title, and columns of numbers that stand between bars."""
+    return [f"| {title} | {columns} |", "| --- |" + " ---: |" * len(columns.split(" | "))]
+
+
 def cell(runs: list[dict], key: str) -> str:
     """Mean ± standard deviation over seeds, or a dash where nothing was measured."""
     values = [run[key] for run in runs if key in run]
@@ -73,7 +78,7 @@ def mnist_line(label: str, run: dict) -> str:
 
 def mnist_table(results: Path) -> str:
     columns = "parameters | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓"
-    lines = [f"| MNIST, 10,000 samples | {columns} |", "| --- |" + " ---: |" * 6]
+    lines = heading("MNIST, 10,000 samples", columns)
     for name, label in MNIST.items():
         runs = json.loads((results / f"mnist_{name}.json").read_text())["runs"]
         lines += [mnist_line(f"{label}, seed {run['seed']}", run) for run in runs]
@@ -107,7 +112,7 @@ def flowers_line(label: str, steps: str, row: dict, far: float, frechet: str) ->
 
 def flowers_table(results: Path) -> str:
     columns = "evaluations | sliced Wasserstein ↓ | of noise ↓ | Fréchet ↓ | 95 % interval, corrected | kernel ↓"
-    lines = [f"| flowers, 64 × 64, 1,000 samples | {columns} |", "| --- |" + " ---: |" * 6]
+    lines = heading("flowers, 64 × 64, 1,000 samples", columns)
     runs = json.loads((results / "flowers_ours.json").read_text())["runs"]
     floors = json.loads((results / "flowers_floors.json").read_text())["runs"]["floors"]
     floors = {row["name"]: row for row in floors}
@@ -127,9 +132,9 @@ def flowers_table(results: Path) -> str:
 
 
 def guided_table(results: Path) -> str:
-    """Rows of 10,000 guided samples; a row whose scale is neither 0 nor 1 asks the network twice a step."""
+    """Rows of 10,000 samples drawn on demand; a guided step asks the network twice, and counts so."""
     columns = "w | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓ | agreement ↑"
-    lines = [f"| MNIST with labels, 10,000 samples | {columns} |", "| --- |" + " ---: |" * 7]
+    lines = heading("MNIST with labels, 10,000 samples", columns)
     runs = json.loads((results / "guided_mnist.json").read_text())["runs"]
     for label, row in runs["rows"].items():
         scale = row["sampler"]["scale"]
@@ -144,7 +149,7 @@ def guided_table(results: Path) -> str:
 
 def cifar_table(results: Path) -> str:
     columns = "w | evaluations | Fréchet ↓ | 95 % interval, corrected | kernel ↓ | agreement ↑"
-    lines = [f"| CIFAR-10, 32 × 32, 1,000 samples | {columns} |", "| --- |" + " ---: |" * 6]
+    lines = heading("CIFAR-10, 32 × 32, 1,000 samples", columns)
     runs = json.loads((results / "guided_cifar10.json").read_text())["runs"]
     for label, row in runs["cells"].items():
         scale, steps = row["sampler"]["scale"], row["sampler"]["steps"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frozen import ship
+from frozen import keep_look, measured, ship
 
 from diffusion_book.core import RandomStreams, derive_seed, environment, write_whole
 from diffusion_book.data import load
@@ -48,14 +48,9 @@ def run_folder(name: str, seed: int = 0) -> Path:
 
 
 def keep(folder: Path, trained: Pretrained, averages: EMAs) -> None:
-    """The weights of an epoch and their averages, each as a folder that `load_pretrained` reads."""
     epoch = next(iter(averages.values())).updates // (54_000 // trained.card["config"]["batch_size"])
-    if epoch not in LOOKS:
-        return
-    save_pretrained(folder / f"epoch-{epoch}" / "raw", trained)
-    for steps, average in averages.items():
-        copy = Pretrained(trained.diffusion, average.module, trained.card)
-        save_pretrained(folder / f"epoch-{epoch}" / f"{steps:g}", copy)
+    if epoch in LOOKS:
+        keep_look(folder / f"epoch-{epoch}", trained, averages)
 
 
 def train(name: str) -> None:
@@ -76,16 +71,8 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The score of a network's samples, taken from its folder where it was measured before."""
     label = "-".join(f"{key}={value}" for key, value in changes.items())
     path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json".replace(" ", "")
-    if not path.exists():
-        found = evaluate(load_pretrained(folder), n, **changes)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
-    found = json.loads(path.read_text())
-    print(
-        path.relative_to(ROOT),
-        {key: found.get(key) for key in ("fld", "low", "high", "agreement", "seconds")},
-        flush=True,
-    )
-    return found
+    measure = partial(evaluate, load_pretrained(folder), n, **changes)
+    return measured(path, measure, "fld", "low", "high", "agreement", "seconds")
 
 
 def sweep() -> dict[str, dict[str, Any]]:

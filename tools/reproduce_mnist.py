@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from frozen import ship
+from frozen import measured, ship
 
 from diffusion_book.cli import main as command
 from diffusion_book.core import derive_seed, environment, write_whole
@@ -70,10 +70,7 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The score of a run's samples, taken from its folder where it was measured before."""
     label = "-".join(f"{key}={value}" for key, value in changes.items())
     path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json"
-    if not path.exists():
-        found = evaluate(load_pretrained(folder), n, **changes)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
-    return json.loads(path.read_text())
+    return measured(path, partial(evaluate, load_pretrained(folder), n, **changes), "fld", "low", "high")
 
 
 @cache

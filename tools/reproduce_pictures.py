@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from frozen import ship
+from frozen import keep_look, measured, ship
 from PIL import Image
 
 from diffusion_book.cifarnet import sampled_scores
@@ -56,13 +56,9 @@ def finished(folder: Path, config: PicturesConfig, watch: Any) -> None:
 
 
 def keep(trained: Pretrained, averages: EMAs) -> None:
-    """The weights of an epoch and their averages, each as a folder that `load_pretrained` reads."""
     epoch = next(iter(averages.values())).updates // PER_EPOCH
     if epoch in LOOKS:
-        save_pretrained(CIFAR / f"epoch-{epoch}" / "raw", trained)
-        for steps, average in averages.items():
-            copy = Pretrained(trained.diffusion, average.module, trained.card)
-            save_pretrained(CIFAR / f"epoch-{epoch}" / f"{steps:g}", copy)
+        keep_look(CIFAR / f"epoch-{epoch}", trained, averages)
 
 
 def cifar10() -> None:
@@ -72,11 +68,8 @@ def cifar10() -> None:
 def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The scores of samples, each class as often, taken from the folder where it was measured before."""
     path = folder / f"{'-'.join([f'scores-{n}', *(f'{key}={value}' for key, value in changes.items())])}.json"
-    if not path.exists():
-        write_whole(path, json.dumps(sampled_scores(load_pretrained(folder), n, **changes), indent=1) + "\n")
-    found = json.loads(path.read_text())
-    print(folder.name, changes, {key: found[key] for key in ("frechet", "kernel", "agreement", "seconds")}, flush=True)
-    return found
+    measure = partial(sampled_scores, load_pretrained(folder), n, **changes)
+    return measured(path, measure, "frechet", "kernel", "agreement", "seconds")
 
 
 def judge(n: int = 1_000) -> None:
