@@ -22,6 +22,11 @@ def _check_steps(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
 
 
+def _is_seen(t: Tensor) -> bool:
+    """Whether the values are there to be looked at: on the CPU, not while `torch.export` writes down what is done."""
+    return t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def linear_beta_schedule(
     T: int,  # number of steps
     beta_start: float = 1e-4,  # variance added by the first step, at T = 1000
@@ -132,7 +137,7 @@ class DiscreteSchedule(Schedule):
         t = torch.as_tensor(t)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"t must hold whole numbers (torch.int64); got {t.dtype}")
-        if t.device.type == "cpu" and t.numel() and not (t.min() >= 0 and t.max() <= self.T):
+        if _is_seen(t) and not (t.min() >= 0 and t.max() <= self.T):
             raise ValueError(f"t must lie in 0..{self.T}; got {int(t.min())} to {int(t.max())}")
         return t.long()
 
@@ -177,7 +182,7 @@ class OffsetCosineSchedule(Schedule):
         if not given.is_floating_point():
             raise TypeError(f"t must be a floating-point time in [{self.clean:.4f}, 1]; got {given.dtype}")
         t = torch.as_tensor(t, dtype=torch.float64)  # from a Python float directly, without a detour by float32
-        if t.device.type == "cpu" and t.numel() and not (t.min() >= self.clean - 1e-6 and t.max() <= 1 + 1e-6):
+        if _is_seen(t) and not (t.min() >= self.clean - 1e-6 and t.max() <= 1 + 1e-6):
             raise ValueError(f"t must lie in [{self.clean:.4f}, 1]; got {float(t.min()):g} to {float(t.max()):g}")
         return t
 
