@@ -27,7 +27,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={key: cfg[f"{key}_requirements"].split() for key in ("notebook", "export", "dev")},
+    extras_require={key: cfg[f"{key}_requirements"].split() for key in ("notebook", "train", "export", "dev")},
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     entry_points={"console_scripts": [f"diffusion-book={cfg['lib_path']}.cli:main"]},
     package_data={cfg["lib_path"]: ["py.typed", "weights/*"]},

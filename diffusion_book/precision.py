@@ -5,30 +5,87 @@
 # %% ../nbs/51_precision.ipynb #3d42c2e8
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_PRECISIONS = ("float32", "bf16")
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = ("float32", *_HALVES, "auto")
 
 # %% auto #0
-__all__ = ['in_precision']
+__all__ = ['Choice', 'choose_precision', 'in_precision', 'loss_scaler']
+
+# %% ../nbs/51_precision.ipynb #b3d458b2
+class Choice(NamedTuple):
+    """A precision, and why it was chosen."""
+
+    precision: str  # "float32", "bf16" or "fp16"
+    why: str
+
+
+@functools.cache
+def _cpu_units() -> str | None:
+    """The bfloat16 instructions of this CPU, or None."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        names = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}  # of later torch
+        flags = [flag for flag, name in names.items() if getattr(torch.cpu, name, bool)()]
+    return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
+
+# %% ../nbs/51_precision.ipynb #97ae33f2
+def choose_precision(
+    device: torch.device | str,  # where the network computes
+) -> Choice:
+    """The fastest precision that the units of a device multiply: bf16, else fp16 (to train with a scaler), else float32."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        units = _cpu_units()
+        return Choice("bf16", f"the CPU has {units}") if units else Choice("float32", "the CPU has no bfloat16 units")
+    if device.type != "cuda":
+        return Choice("float32", f"no other precision was tried on {device.type}")
+    major, minor = torch.cuda.get_device_capability(device)  # is_bf16_supported() says yes to mere imitation
+    told = f"compute capability {major}.{minor}"
+    if major >= 8:
+        return Choice("bf16", f"{told} has bfloat16 units")
+    if major == 7 or (major, minor) == (6, 0):
+        return Choice("fp16", f"{told} multiplies float16 fast, and bfloat16 only in imitation")
+    return Choice("float32", f"{told} multiplies neither bfloat16 nor float16 fast")
+
+# %% ../nbs/51_precision.ipynb #74e9e2ff
+def _check(precision: str) -> None:
+    if precision not in _PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}")
 
 # %% ../nbs/51_precision.ipynb #cfd6ae52
 def in_precision(
     model: Callable[..., Tensor],  # a denoiser, (x, t) or (x, t, y)
-    precision: str,  # "float32", or "bf16": convolutions and matrix products in bfloat16, the rest as it is
+    precision: str,  # "float32"; "bf16" or "fp16" for convolutions and matrix products, the rest as it is; or "auto"
 ) -> Callable[..., Tensor]:  # called like the model; returns the dtype of x
     """A denoiser that computes in another precision; its weights stay as they are (Micikevicius et al. 2018).
 
-    Raises ValueError for an unknown precision.
+    "auto" takes what `choose_precision` says of the device of x. Raises ValueError for an unknown precision.
     """
-    if precision not in _PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}; got {precision!r}")
+    _check(precision)
 
     def call(x: Tensor, *told: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        chosen = choose_precision(x.device).precision if precision == "auto" else precision
+        with torch.autocast(x.device.type, _HALVES.get(chosen, torch.bfloat16), enabled=chosen in _HALVES):
             return model(x, *told).to(x.dtype)
 
     return call
+
+# %% ../nbs/51_precision.ipynb #cccac86b
+def loss_scaler(
+    precision: str,  # as for `in_precision`
+    device: torch.device | str,  # where the network trains
+) -> torch.amp.GradScaler | None:  # for `train_steps` and `fit`; None where none is needed
+    """What keeps the gradients of float16 from vanishing. Raises ValueError for an unknown precision."""
+    _check(precision)
+    device = torch.device(device)
+    chosen = choose_precision(device).precision if precision == "auto" else precision
+    return torch.amp.GradScaler(device.type) if chosen == "fp16" else None

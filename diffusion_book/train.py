@@ -5,6 +5,7 @@
 # %% ../nbs/07_training.ipynb #daf913f9
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class TrainStep(NamedTuple):
     gradient_norm: Tensor | None  # (), before clipping; None unless max_norm was given
 
 # %% auto #0
-__all__ = ['TrainStep', 'train_steps', 'point_batches']
+__all__ = ['TrainStep', 'train_steps', 'warmup_cosine', 'point_batches']
 
 # %% ../nbs/07_training.ipynb #eebee7d8
 def train_steps(
@@ -33,6 +34,8 @@ def train_steps(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,  # stepped after each optimizer step
     max_norm: float | None = None,  # clip the gradient's norm to this
     start: int = 0,  # steps already done, for a run that resumes
+    scaler: torch.amp.GradScaler | None = None,  # for float16, see the chapter on precision
+    average: Callable[[Tensor], Tensor] | None = None,  # called after `backward`: loss to the loss that is told
 ) -> Iterator[TrainStep]:
     """Train, one step per item: the caller owns bars, plots, averages and the decision to stop.
 
@@ -45,13 +48,39 @@ def train_steps(
         if not loss.requires_grad or loss.ndim:
             got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
             raise ValueError(f"loss_fn must return a scalar with a gradient; got {got}")
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        told = loss.detach() if average is None else average(loss.detach())
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm) if max_norm is not None else None
         rate = optimizer.param_groups[0]["lr"]
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         if scheduler is not None:
             scheduler.step()
-        yield TrainStep(step, loss.detach(), rate, norm)
+        yield TrainStep(step, told, rate, norm)
+
+# %% ../nbs/07_training.ipynb #1dd881e9
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer,  # its rates are the peak
+    steps: int,  # of the whole run
+    warmup: int = 0,  # steps up, in a straight line
+    end: float = 0.0,  # share of the peak that is left at the end
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rates that rise to a peak and fall along half a cosine (Loshchilov and Hutter 2017, without restarts)."""
+    if not 0 <= warmup < steps or not 0 <= end <= 1:
+        raise ValueError(f"need 0 <= warmup < steps and end in [0, 1]; got {warmup}, {steps} and {end}")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / (steps - warmup))
+        return end + (1 - end) * (1 + math.cos(math.pi * done)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 # %% ../nbs/07_training.ipynb #4d6cc763
 def point_batches(

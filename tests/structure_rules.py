@@ -19,11 +19,11 @@ WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 
 LEVELS = (
     "core files folders player schedule embed ema guidance lenet tables precision",
-    "viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
+    "processes viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
     "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export",
-    "sampling ddim fit",
-    "cards",
-    "weights",
+    "sampling ddim guards monitor",
+    "run cards",
+    "fit weights",
     "presets digits flower_recipes pictures",
     "cli",
 )
@@ -31,7 +31,7 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.
 APART = {  # these never import each other
     "samplers": {"sampling", "ddim"},
     "guidance": {"guidance"},
-    "training": {"train", "fit"},
+    "training": {"train", "guards", "monitor", "run", "fit"},
     "networks": {"mlp", "blocks", "unet", "resunet", "attunet"},
 }
 BY_NAME = {"data"}  # data.load finds a loader by name when it is called
