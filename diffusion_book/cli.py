@@ -6,164 +6,190 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-
-from .cifarnet import sampled_scores
-from .core import RandomStreams, data_dir, write_whole
-from .data import Images, load
-from .digits import RECIPES, digits_card, digits_config, digits_training
-from .flower_recipes import FLOWER_RECIPES, flowers_card, flowers_config, flowers_scores, flowers_training
-from .pictures import PICTURE_RECIPES, pictures_card, pictures_config, pictures_training
-from .tables import parameter_table
-from .viz import save_images
-from .weights import Pretrained, evaluate, load_pretrained, save_pretrained
+from .checkpoint import latest
+from .commands import run_evaluate, run_params, run_sample, run_train
+from .plans import KINDS, WORDS
+from .shelf import run_data
+from .words import WordError, choose, nearest
 
 # %% auto #0
-__all__ = ['settings', 'main']
+__all__ = ['main']
 
 # %% ../nbs/A4_cli.ipynb #e19cce01
-def settings(
-    pairs: Sequence[str],  # such as ["epochs=5", "data=digits", "multipliers=[1,2,3]"]
-) -> dict[str, Any]:
-    """`key=value` texts as fields of a configuration. Raises ValueError for a text without an equals sign."""
-    changes: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes key=value, such as epochs=5; got {pair!r}")
-        try:
-            changes[key] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[key] = value
-        if isinstance(changes[key], list):
-            changes[key] = tuple(changes[key])
-    return changes
+_ABOUT = {
+    "train": """train a network, or go on where it stopped
+examples:
+  diffusion-book train mnist                                   the U-Net on MNIST, weights in runs/mnist-ours-0
+  diffusion-book train mnist-guided --seed 1                   with labels, for guidance
+  diffusion-book train digits --preset tiny                    a minute on embedded data
+  diffusion-book train flowers --recipe keras --out runs/k     a recipe and a folder of your choice
+  diffusion-book train folder:~/pictures --set epochs=50 label_drop=null""",
+    "sample": """draw from trained weights
+examples:
+  diffusion-book sample mnist-unet --n 64 --out digits.png     a grid
+  diffusion-book sample flowers-ddim --n 9 --out flowers/      single pictures
+  diffusion-book sample mnist-unet --n 16 --out way.gif        the way from noise
+  diffusion-book sample mnist-unet --n 1000 --out digits.npz   x (n, 28, 28, 1) uint8, labels, seed
+  diffusion-book sample runs/mnist-guided-0 --labels 0,1,2 --set scale=2 steps=50""",
+    "evaluate": """score samples against held-out images, as JSON
+examples:
+  diffusion-book evaluate mnist-unet --n 1000
+  diffusion-book evaluate runs/flowers102-ours-0 --seed 1 --out scores.json --set steps=10""",
+    "params": """list the parameters of a recipe or of trained weights
+examples:
+  diffusion-book params mnist-unet                             weights in the library
+  diffusion-book params video                                  a recipe, not trained
+  diffusion-book params runs/mnist-ours-0                      a run of yours""",
+    "data": """list, fetch or verify data sets
+examples:
+  diffusion-book data                                          which are here, and how large
+  diffusion-book data download flowers102                      fetch what is missing
+  diffusion-book data verify mnist                             compare with what was published, fetch nothing""",
+}
 
-# %% ../nbs/A4_cli.ipynb #eb61fe54
-_FLOWERS, _PICTURES = ("flowers102", "petals"), ("cifar10", "folder")
+# %% ../nbs/A4_cli.ipynb #9528ff87
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": run_train,
+    "sample": run_sample,
+    "evaluate": run_evaluate,
+    "params": run_params,
+    "data": run_data,
+}
 
+# %% ../nbs/A4_cli.ipynb #807106f1
+class _Parser(argparse.ArgumentParser):
+    """Errors are raised, not printed; and no option may be abbreviated."""
 
-def _planned(given: argparse.Namespace) -> tuple[Any, Any]:
-    """Configuration and training: by the recipe where it names the network, else by the data."""
-    kind = given.what.partition(":")[0]
-    recipe = given.recipe or ("narrow" if kind in _PICTURES else "ours")
-    make: Any
-    run: Any
-    make, run = (flowers_config, flowers_training) if kind in _FLOWERS else (digits_config, digits_training)
-    if kind in _PICTURES or recipe in PICTURE_RECIPES:
-        make, run = pictures_config, pictures_training
-    given.recipe = recipe
-    return make(recipe, given.preset, **{"data": given.what} | settings(given.set)), run
-
-
-def _train(given: argparse.Namespace) -> None:
-    config, run = _planned(given)
-    name = Path(given.what.partition(":")[2]).expanduser().resolve().name if ":" in given.what else given.what
-    folder = Path(given.out or f"runs/{name}-{given.recipe}-{given.seed}")
-    print(f"{folder}: {json.dumps(asdict(config))}")
-    print("Ctrl-C stops; the same command goes on from the last checkpoint", flush=True)
-    trained: Pretrained = run(config, RandomStreams(given.seed), folder / "checkpoints", given.bar)
-    trained.card["environment"]["preset"] = given.preset
-    save_pretrained(folder, trained)
-    last = {name: value for name, value in trained.card["history"][-1].items() if name != "validation_by_time"}
-    print(f"{folder}/weights.safetensors: {json.dumps(last)}")
-
-# %% ../nbs/A4_cli.ipynb #5dcae271
-def _sample(given: argparse.Namespace) -> None:
-    trained = load_pretrained(given.weights)
-    x = trained.sample(given.n, given.seed, progress=given.bar, **settings(given.set))
-    save_images(trained.denormalise(x), given.out, columns=given.columns, low=0, high=1)
-    print(f"{given.out}: {given.n} samples of {trained}")
+    def error(self, message: str) -> NoReturn:
+        raise WordError(message.removeprefix("argument ").replace("metavar ", ""))
 
 
-def _evaluate(given: argparse.Namespace) -> None:
-    trained, options = load_pretrained(given.weights), settings(given.set) | ({"n": given.n} if given.n else {})
-    judges = {"flowers102": flowers_scores, "petals": flowers_scores, "cifar10": sampled_scores}
-    judge: Any = judges.get(trained.card["data"]["name"], evaluate)
-    found = judge(trained, seed=given.seed, progress=given.bar, **options)
-    print(json.dumps(found, indent=1))
-    if given.out:
-        write_whole(given.out, json.dumps(found, indent=1) + "\n")
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
 
-# %% ../nbs/A4_cli.ipynb #f23f1910
-def _params(given: argparse.Namespace) -> None:
-    if given.what in RECIPES:
-        card = digits_card(digits_config(given.what, "published"), 0)
-    elif given.what in PICTURE_RECIPES:
-        ten = Images(
-            torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1).long(), tuple("0123456789"), *torch.full((2, 3), 0.5)
-        )
-        card = pictures_card(pictures_config(given.what, "published"), 0, ten)
-    elif given.what in FLOWER_RECIPES:
-        card = flowers_card(flowers_config(given.what, "published"), 0, load("petals", "test", 64))
-    else:
-        card = load_pretrained(given.what).card
-    print(parameter_table(Pretrained.fresh(card).model))
+# %% ../nbs/A4_cli.ipynb #cdb13268
+def _verb(verbs: Any, name: str) -> argparse.ArgumentParser:
+    about, _, examples = _ABOUT[name].partition("\n")
+    style = argparse.RawDescriptionHelpFormatter
+    options = {"description": about, "epilog": examples, "formatter_class": style, "allow_abbrev": False}
+    sub = verbs.add_parser(name, help=about, **options)
+    if name in ("train", "sample", "evaluate"):
+        sub.add_argument("--seed", type=_whole, default=0, help="the same seed gives the same result; 0 if not given")
+        text = "change single settings, such as steps=50"
+        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    return sub
 
-
-def _data(given: argparse.Namespace) -> None:
-    for split in ("train", "test"):
-        print(f"{given.what}, {split}: {load(given.what, split)}")
-    print(f"data folder: {data_dir()}")
-
-# %% ../nbs/A4_cli.ipynb #51424cdf
-def _source(text: str) -> str:
-    """The data of a training; argparse turns the error into exit code 2."""
-    known = ["mnist", "digits", *_FLOWERS, "cifar10", "folder:PATH"]
-    if text not in known[:-1] and not (text.startswith("folder:") and text != "folder:"):
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(known)})")
-    return text
-
-# %% ../nbs/A4_cli.ipynb #4c979b7b
+# %% ../nbs/A4_cli.ipynb #50b839a3
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "diffusion-book", description="Train, sample and judge the networks of Diffusion Book."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-
-    def verb(name: str, run: Any, text: str, *arguments: str, out: str | None = None) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run, set=[])
-        for argument in arguments:
-            sub.add_argument(argument)
-        if name in ("train", "sample", "evaluate"):
-            sub.add_argument("--seed", type=int, default=0)
-            sub.add_argument("--out", default=out, help="file, or folder of a training")
-            sub.add_argument("--set", nargs="+", default=[], metavar="key=value", help="change single settings")
-        return sub
-
-    train = verb("train", _train, "train a U-Net on digits, flowers or pictures, or go on where it stopped")
-    train.add_argument("what", type=_source, help="mnist, digits, flowers102, petals, cifar10 or folder:PATH")
-    recipes = [*RECIPES | FLOWER_RECIPES | PICTURE_RECIPES]
-    train.add_argument("--recipe", choices=recipes, help='"ours"; "narrow" for cifar10 and folders')
-    train.add_argument("--preset", choices=["tiny", "quick", "full", "published"], default="published")
-    sample = verb("sample", _sample, "draw from trained weights", "weights", out="samples.png")
-    sample.add_argument("--columns", type=int, default=8)
-    judge = verb("evaluate", _evaluate, "score samples against held-out images", "weights")
-    sample.add_argument("--n", type=int, default=64, help="samples")
-    judge.add_argument("--n", type=int, help="samples; 10,000 digits or 1,000 flowers if not given")
-    verb("params", _params, "list the parameters of a recipe or of trained weights", "what")
-    verb("data", _data, "fetch a data set, or verify the one in the data folder", "what")
+    about = "Train, sample and judge the networks of Diffusion Book."
+    parser = _Parser("diffusion-book", description=about, epilog="`diffusion-book VERB --help` shows examples.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    train, sample, judge, params, data = (_verb(verbs, name) for name in _ABOUT)
+    known = [f"{word}:PATH" if word == "folder" else word for word in WORDS]
+    recipes = dict.fromkeys(name for kind in KINDS.values() for name in kind.recipes)
+    train.add_argument("what", help=f"one of {', '.join(known)}")
+    train.add_argument("--recipe", help=f"one of {', '.join(recipes)}; each kind of data has some of them")
+    train.add_argument("--preset", default="published", help="tiny, quick, full or published (if not given)")
+    train.add_argument("--out", metavar="FOLDER", help="runs/NAME-RECIPE-SEED if not given")
+    for sub in (sample, judge):
+        sub.add_argument("weights", help="a name, such as mnist-unet, or the folder of a run")
+    sample.add_argument("--n", type=_whole, default=64, help="samples; 64 if not given")
+    sample.add_argument("--labels", help="classes to draw, such as 3 or 0,1,2; each in turn if not given")
+    sample.add_argument("--columns", type=_whole, default=8, help="of a grid; 8 if not given")
+    sample.add_argument("--out", default="samples.png", help="ends in .png, .gif, .webp, .npz or / (samples.png)")
+    judge.add_argument("--n", type=_whole, help="samples; 10,000 digits or 1,000 pictures if not given")
+    judge.add_argument("--out", metavar="FILE", help="write the scores there too")
+    params.add_argument("what", help="a recipe, a name of weights, or the folder of a run")
+    data.add_argument("words", nargs="*", metavar="WORD", help="list, NAME, download NAME or verify NAME")
     return parser
 
-# %% ../nbs/A4_cli.ipynb #45831698
+# %% ../nbs/A4_cli.ipynb #013b4e25
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb. WordError for words that are not understood."""
+    if words and not words[0].startswith("-"):
+        choose("the command", words[0], _RUN)
+    parser = _parser()
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        options = ["--recipe", "--preset", "--seed", "--out", "--set", "--n", "--labels", "--columns", "--help"]
+        fields = [name for kind in KINDS.values() for name in kind.settings.__dataclass_fields__]
+        meant = f": did you mean --set {option[2:]}=...?" if option[2:] in fields else nearest(option, options)
+        raise WordError(f"unknown words {' '.join(unknown)!r}{meant}")
+    given.bar, given.folder = sys.stderr.isatty(), None
+    return given
+
+# %% ../nbs/A4_cli.ipynb #e880975c
+def _line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _stopped(given: argparse.Namespace, words: Sequence[str]) -> str:
+    """What is left after Ctrl-C, and how to go on."""
+    if given.verb != "train":
+        return "stopped, nothing was written"
+    command = shlex.join(["diffusion-book", *words])
+    newest = latest(Path(given.folder) / "checkpoints") if given.folder else None
+    if newest is None:
+        return f"stopped before the first checkpoint; begin again with: {command}"
+    return f"stopped, saved up to step {int(newest.stem.partition('_')[2])}; go on with: {command}"
+
+# %% ../nbs/A4_cli.ipynb #c36eb61c
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Warnings in one line each."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda text, *_: print(
+            f"diffusion-book: warning: {_line(Warning(text))}", file=sys.stderr
+        )
+        yield
+
+
+def _silence() -> None:
+    """Where nobody reads the output any more, Python shall not complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../nbs/A4_cli.ipynb #b02d4d58
 def main(words: Sequence[str] | None = None) -> int:  # the exit code
     """Run one command: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
-    given = _parser().parse_args(words)
-    given.bar = sys.stderr.isatty()
+    words = sys.argv[1:] if words is None else list(words)
+    name = " ".join(["diffusion-book", *(word for word in words[:1] if word in _RUN)])
+    given = argparse.Namespace(verb="", folder=None)
     try:
-        given.run(given)
+        given = _parsed(words)
+        with _told_plainly():
+            _RUN[given.verb](given)
+        sys.stdout.flush()
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except WordError as error:
+        print(f"{name}: {_line(error)} (see {name} --help)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{name}: {_stopped(given, words)}", file=sys.stderr)
         return 130
-    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"diffusion-book {given.verb}: {error}", file=sys.stderr)
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"{name}: {_line(error)}", file=sys.stderr)
+        _silence()
         return 1
     return 0

@@ -19,12 +19,15 @@ WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 
 LEVELS = (
     "core files folders player schedule embed ema guidance lenet tables precision",
-    "processes viz toy diffusion ideal mlp blocks resunet attunet data metrics petals",
-    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export",
+    "processes viz toy diffusion ideal mlp blocks resunet attunet data metrics petals words",
+    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export shelf",
     "sampling ddim guards monitor",
     "run cards",
     "fit weights",
-    "presets digits flower_recipes pictures",
+    "presets digits flower_recipes pictures opening",
+    "small_runs outputs",
+    "plans",
+    "commands",
     "cli",
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
