@@ -1,6 +1,7 @@
 # Every target sets .venv up first (once). `make help` lists the targets.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
@@ -8,7 +9,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book site test lab fix hooks clean
+.PHONY: help setup book site test lab bench fix hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -41,6 +42,10 @@ test: $(READY)  ## lint, types, export in step, then every test, notebook and pa
 
 lab: $(READY)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs
+
+bench: $(READY)  ## our training step and sampler beside those of two other packages; leave the machine alone meanwhile
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
 fix: $(READY)  ## write headers, format, export the modules and clean the notebooks
 	$(BIN)/python tools/chapter_header.py --write
