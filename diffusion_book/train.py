@@ -46,7 +46,6 @@ def _move(optimizer: Any, scheduler: Any, scaler: torch.amp.GradScaler | None) -
         if scheduler is not None:
             scheduler.step()
 
-
 # %% ../nbs/07_training.ipynb #eebee7d8
 def train_steps(
     model: nn.Module,

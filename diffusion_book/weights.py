@@ -40,7 +40,6 @@ class _InPieces(nn.Module):
         pieces = zip(*(value.split(self.rows) for value in asked), strict=True)
         return torch.cat([self.model(*piece) for piece in pieces])
 
-
 # %% ../nbs/A3_weights.ipynb #590db33f
 @dataclass(eq=False, repr=False)
 class Pretrained:
