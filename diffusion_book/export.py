@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
     level = logging.root.manager.disable  # restored afterwards
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
             yield
     finally:
@@ -87,8 +87,8 @@ def _translations() -> dict[Any, Any]:
 
     def number(s: Any, dtype: int = 1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
         kind = ir.DataType(max(dtype, 1))  # -1: not given
-        exact = isinstance(s, int | float)
-        return opset18.Constant(value=ir.tensor(s, dtype=kind)) if exact else opset18.Cast(s, to=kind)
+        exact: Any = ir.tensor(s, dtype=kind) if isinstance(s, int | float) else None
+        return opset18.Cast(s, to=kind) if exact is None else opset18.Constant(value=exact)
 
     return {torch.ops.aten.cos.default: cosine, torch.ops.aten.scalar_tensor.default: number}
 

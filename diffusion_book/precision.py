@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,10 +72,10 @@ def in_precision(
     """
     _check(precision)
 
-    def call(x: Tensor, *told: Tensor) -> Tensor:
+    def call(x: Tensor, *told: Any, **named: Any) -> Tensor:
         chosen = choose_precision(x.device).precision if precision == "auto" else precision
         with torch.autocast(x.device.type, _HALVES.get(chosen, torch.bfloat16), enabled=chosen in _HALVES):
-            return model(x, *told).to(x.dtype)
+            return model(x, *told, **named).to(x.dtype)
 
     return call
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,26 @@ class TrainStep(NamedTuple):
 
 # %% auto #0
 __all__ = ['TrainStep', 'train_steps', 'warmup_cosine', 'point_batches']
+
+# %% ../nbs/07_training.ipynb #8ec50d23
+def _checked(loss: Tensor) -> Tensor:
+    if not loss.requires_grad or loss.ndim:
+        got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise ValueError(f"loss_fn must return a scalar with a gradient; got {got}")
+    return loss
+
+
+def _move(optimizer: Any, scheduler: Any, scaler: torch.amp.GradScaler | None) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)  # skipped where a gradient overflowed
+        scaler.update()
+    with nullcontext() if scaler is None else warnings.catch_warnings():
+        if scaler is not None:
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
+        if scheduler is not None:
+            scheduler.step()
 
 # %% ../nbs/07_training.ipynb #eebee7d8
 def train_steps(
@@ -44,23 +66,14 @@ def train_steps(
     """
     for step, batch in enumerate(batches, start + 1):
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(model, batch)
-        if not loss.requires_grad or loss.ndim:
-            got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-            raise ValueError(f"loss_fn must return a scalar with a gradient; got {got}")
+        loss = _checked(loss_fn(model, batch))
         (loss if scaler is None else scaler.scale(loss)).backward()
         told = loss.detach() if average is None else average(loss.detach())
         if scaler is not None:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)  # before clipping: the norm is that of the true gradient
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm) if max_norm is not None else None
         rate = optimizer.param_groups[0]["lr"]
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        if scheduler is not None:
-            scheduler.step()
+        _move(optimizer, scheduler, scaler)
         yield TrainStep(step, told, rate, norm)
 
 # %% ../nbs/07_training.ipynb #1dd881e9

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .cards import build_diffusion, build_network, build_sampler, sampler_options
+from .compiled import compiled
 from .core import derive_seed, write_whole
 from .diffusion import GaussianDiffusion
 from .inspection import class_spread, classification_table
@@ -26,6 +27,18 @@ from .sampling import StepIterator, sample
 
 # %% auto #0
 __all__ = ['Pretrained', 'save_pretrained', 'load_pretrained', 'evaluate']
+
+# %% ../nbs/A3_weights.ipynb #81f50bc7
+class _InPieces(nn.Module):
+    """A network that looks at a batch piece by piece."""
+
+    def __init__(self, model: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.model, self.rows, self.null_label = model, rows, getattr(model, "null_label", None)
+
+    def forward(self, *asked: Tensor) -> Tensor:  # x, t and, with classes, y: (n, ...) each
+        pieces = zip(*(value.split(self.rows) for value in asked), strict=True)
+        return torch.cat([self.model(*piece) for piece in pieces])
 
 # %% ../nbs/A3_weights.ipynb #590db33f
 @dataclass(eq=False, repr=False)
@@ -63,8 +76,7 @@ class Pretrained:
     ) -> StepIterator:
         """The card's sampler, about to begin. ValueError for options or labels that do not fit."""
         options, y = sampler_options(self.card, changes), self.labels_for(len(x), labels)
-        y = y if y is None else y.to(x.device)
-        return build_sampler(options, self.diffusion, self.model, x, y, generator)
+        return build_sampler(options, self.diffusion, self.model, x, None if y is None else y.to(x.device), generator)
 
     def labels_for(
         self,
@@ -88,24 +100,29 @@ class Pretrained:
         seed: int = 0,
         *,
         labels: Any = None,  # what to draw, as for `labels_for`
-        batch_size: int = 500,  # drawn at a time; with the seed, it decides the samples
+        batch_size: int = 500,  # share a stream of noise: with the seed, it decides the samples
+        rows: int | None = None,  # at most so many at a time in the network: less memory, the same samples
+        compilation: str = "off",  # "auto": compile the network where `choose_compile` says that it pays; "on"
         progress: bool = True,  # show a bar
-        **changes: Any,  # to the card's sampler, such as steps=50
+        **changes: Any,  # to the card's sampler, such as steps=50 or precision="auto"
     ) -> Tensor:  # (n, C, H, W) on the CPU, scaled as the training data; `denormalise` makes pixels of them
-        """Draw from the network, batch by batch: memory does not grow with n. ValueError where n or batch_size < 1."""
-        if min(n, batch_size) < 1:
-            raise ValueError(f"n and batch_size must be at least 1; got {n} and {batch_size}")
+        """Draw batch by batch: beside the samples, memory does not grow with n. ValueError for counts below 1."""
+        if min(n, batch_size, 1 if rows is None else rows) < 1:
+            raise ValueError(f"n, batch_size and rows must be at least 1; got {n}, {batch_size} and {rows}")
         from tqdm.auto import tqdm  # only when something is drawn: importing the library stays light
 
-        shape, device, drawn = self.card["data"]["shape"], next(self.model.parameters()).device, []
-        y = self.labels_for(n, labels)
+        shape, device = self.card["data"]["shape"], next(self.model.parameters()).device
+        drawn, y = torch.empty(n, *shape), self.labels_for(n, labels)
+        program = compiled(self.model, compilation)
+        asked = Pretrained(self.diffusion, program if rows is None else _InPieces(program, rows), self.card)
         for first in tqdm(range(0, n, batch_size), desc="sampling", disable=not progress):
             generator = torch.Generator().manual_seed(derive_seed(seed, "sample", first))
             x = torch.randn(min(batch_size, n - first), *shape, generator=generator)
-            told = None if y is None else y[first : first + len(x)]
-            sampler = self.sampler(x.to(device), generator, labels=told, **changes)
-            drawn.append(sample(sampler, progress=False).cpu())
-        return torch.cat(drawn)
+            with torch.inference_mode():
+                told = None if y is None else y[first : first + len(x)]
+                moves = asked.sampler(x.to(device), generator, labels=told, **changes)
+                drawn[first : first + len(x)] = sample(moves, progress=False)
+        return drawn
 
 # %% ../nbs/A3_weights.ipynb #27eb4a60
 def save_pretrained(

@@ -180,7 +180,7 @@ def test_shipped_weights(name: str, bound: float, tmp_path: Path) -> None:
 
 
 def test_old_runtimes_find_their_operations(tmp_path: Path) -> None:
-    """Opset 18, and no cosine in float64, which runtimes had not before 2026."""
+    """Opset 18, and no cosine in float64, which older runtimes lack."""
     import onnx
 
     model, shape, diffusion = NETWORKS["continuous"]
@@ -263,12 +263,15 @@ class Noisy(Point):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_networks_that_cannot_be_written(network: nn.Module, told: str, suffix: str, tmp_path: Path) -> None:
+def test_networks_that_cannot_be_written(
+    network: nn.Module, told: str, suffix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / f"network{suffix}"
     target.write_text("what was there before")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=told) as error:
         export(network, target, shape=(2,))
     assert target.read_text() == "what was there before" and list(tmp_path.iterdir()) == [target]
+    assert capfd.readouterr() == ("", "") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["network", "network.pt", "network.onnx.gz", "network.ONNX "])

@@ -16,7 +16,7 @@ from diffusion_book.diffusion import GaussianDiffusion
 from diffusion_book.mlp import TimeMLP
 from diffusion_book.schedule import DiscreteSchedule, cosine_beta_schedule
 from diffusion_book.toy import spiral
-from diffusion_book.train import TrainStep, point_batches, train_steps
+from diffusion_book.train import TrainStep, point_batches, train_steps, warmup_cosine
 
 
 @pytest.fixture(autouse=True)
@@ -301,3 +301,90 @@ def test_functional_gradients_equal_those_of_the_module() -> None:
     next(train_steps(model, lambda model, x0: DIFFUSION.loss(model, x0, t=t, noise=noise), [x0], optimizer))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
+
+
+# A plan for the learning rate
+
+
+class One(nn.Module):
+    """A single weight, which begins at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+
+def rates_of(steps: int, **plan: Any) -> list[float]:
+    model = One()
+    optimizer = torch.optim.SGD(model.parameters(), 2.0)
+    scheduler = warmup_cosine(optimizer, steps, **plan)
+    run = train_steps(model, lambda model, _: model.weight * 1.0, range(steps), optimizer, scheduler=scheduler)
+    return [item.learning_rate for item in run]
+
+
+def test_warm_up_is_a_straight_line_to_the_peak() -> None:
+    rates = rates_of(20, warmup=4)
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert max(rates) == rates[4]
+
+
+@pytest.mark.parametrize("end", [0.0, 0.25])
+def test_after_the_peak_half_a_cosine(end: float) -> None:
+    """Half-way the rate is half-way; the fall is symmetric about that point; one more step would reach the end."""
+    rates = rates_of(44, warmup=4, end=end)[4:]
+    assert rates[20] == pytest.approx(2 * (1 + end) / 2)
+    pairs = [early + late for early, late in zip(rates[1:20], rates[:20:-1], strict=True)]
+    assert pairs == pytest.approx([2 * (1 + end)] * 19)
+    assert 2 * end < rates[-1] < 2 * end + 0.01
+
+
+@pytest.mark.parametrize("plan", [{"warmup": 10}, {"warmup": -1}, {"end": 1.1}, {"end": -0.1}, {"warmup": 11}], ids=str)
+def test_plans_that_do_not_fit(plan: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"need 0 <= warmup < steps and end in \[0, 1\]; got"):
+        rates_of(10, **plan)
+
+
+# float16, and several processes
+
+
+def overflowing(scale: float, **options: Any) -> tuple[Tensor, torch.amp.GradScaler, list[Any]]:
+    """Three steps on a loss whose gradient is 2¹⁰: the weight at the end, the scaler, the items."""
+    model, scaler = One(), torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    options |= {"scaler": scaler, "scheduler": warmup_cosine(optimizer, 10)}
+    run = list(train_steps(model, lambda model, _: model.weight * 2.0**10, range(3), optimizer, **options))
+    return model.weight.detach(), scaler, run
+
+
+@pytest.mark.filterwarnings("error")
+def test_steps_that_overflow_are_skipped_and_the_plan_goes_on() -> None:
+    """2¹²⁰ times 2¹⁰ is infinite in float32; each skipped step halves the scale. The third one, at 2¹¹⁸, overflows too."""
+    weight, scaler, items = overflowing(2.0**120)
+    assert not weight.any() and scaler.get_scale() == 2.0**117
+    assert [item.step for item in items] == [1, 2, 3] and items[2].learning_rate < items[0].learning_rate
+
+
+def test_the_first_step_that_fits_is_taken() -> None:
+    weight, scaler, items = overflowing(2.0**119)  # overflows, overflows, 2¹¹⁷⁺¹⁰ fits
+    assert float(weight) == pytest.approx(-items[2].learning_rate * 2.0**10) and scaler.get_scale() == 2.0**117
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_clipping_sees_the_gradient_without_its_scale(scale: float) -> None:
+    weight, _, items = overflowing(scale, max_norm=1.0)
+    assert [float(item.gradient_norm) for item in items] == [1024.0] * 3
+    assert float(weight) == pytest.approx(-sum(item.learning_rate for item in items), rel=1e-5)
+
+
+def test_average_comes_between_gradient_and_step() -> None:
+    """It may change the gradients, and what it returns is what is told."""
+    model = One()
+
+    def average(loss: Tensor) -> Tensor:
+        assert not loss.requires_grad and model.weight.grad is not None
+        model.weight.grad.fill_(3.0)
+        return loss + 7
+
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    run = train_steps(model, lambda model, _: model.weight * 1.0, [0], optimizer, average=average)
+    assert float(next(run).loss) == 7 and model.weight.item() == -3

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from diffusion_book.compiled import compiled
 from diffusion_book.core import derive_seed
 from diffusion_book.ddim import ddim
 from diffusion_book.diffusion import with_gain
@@ -88,10 +89,87 @@ def test_the_first_samples_do_not_depend_on_how_many_follow():
     assert torch.equal(few, many[:4]) and len(many) == 7
 
 
-@pytest.mark.parametrize("options", [{"n": 0}, {"n": 3, "batch_size": 0}])
+@pytest.mark.parametrize("options", [{"n": 0}, {"n": 3, "batch_size": 0}, {"n": 3, "rows": 0}, {"n": -1}], ids=str)
 def test_nothing_to_draw_is_refused(options):
-    with pytest.raises(ValueError, match="n and batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="n, batch_size and rows must be at least 1; got"):
         little().sample(**options)
+
+
+class Watched(torch.nn.Module):
+    """A network that notes how many rows it is asked about, and whether gradients were prepared for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.null_label, self.seen = model, model.null_label, []
+
+    def forward(self, *asked):
+        self.seen.append((len(asked[0]), torch.is_inference_mode_enabled()))
+        return self.model(*asked)
+
+
+def watched(trained):
+    return Pretrained(trained.diffusion, Watched(trained.model.eval()), trained.card)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("rows", [1, 3, 7, 1000])
+def test_what_goes_through_at_a_time_does_not_decide_the_samples(name, rows):
+    trained = watched(little())
+    whole = trained.sample(7, 1, name=name, progress=False)
+    trained.model.seen.clear()
+    pieces = trained.sample(7, 1, name=name, rows=rows, progress=False)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-4)
+    sizes = [size for size, _ in trained.model.seen]
+    assert max(sizes) == min(rows, 7) and sum(sizes) == 7 * 3  # three steps
+
+
+def test_guidance_asks_about_both_answers_in_one_call():
+    trained = watched(told())
+    trained.sample(4, labels=1, progress=False)
+    assert trained.model.seen == [(8, True)] * 3
+
+
+def test_pieces_of_a_guided_batch():
+    trained, y = watched(told()), [0, 1, 2, 3, 1]
+    whole = trained.sample(5, 2, labels=y, progress=False)
+    trained.model.seen.clear()
+    pieces = trained.sample(5, 2, labels=y, rows=4, progress=False)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-4)
+    assert [size for size, _ in trained.model.seen] == [4, 4, 2] * 3
+
+
+def test_samples_may_be_learned_from():
+    """They are drawn without the bookkeeping for gradients, and are ordinary tensors afterwards."""
+    x = little().sample(2, progress=False)
+    weight = torch.ones((), requires_grad=True)
+    (x * weight).square().sum().backward()
+    assert not x.is_inference() and not x.requires_grad and weight.grad == pytest.approx(float(2 * x.square().sum()))
+
+
+def test_a_compiled_network_draws_the_same_and_is_compiled_once_for_all_calls(monkeypatch):
+    graphs = []
+
+    def recorder(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr("diffusion_book.weights.compiled", lambda model, when: compiled(model, when, backend=recorder))
+    trained = told()
+    trained.model.eval().requires_grad_(False)
+    plain = trained.sample(4, labels=1, progress=False)
+    for _ in range(2):
+        drawn = trained.sample(4, labels=1, compilation="on", progress=False)
+        torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5)
+    assert len(graphs) == 1
+    trained.sample(4, labels=1, steps=5, compilation="on", progress=False)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_compiling_is_asked_for_by_name():
+    with pytest.raises(ValueError, match="when must be one of auto, on, off"):
+        little().sample(1, compilation="yes")
 
 
 # Labels

@@ -3,6 +3,7 @@
     python tools/reproduce_mnist.py published published-plain published-narrow      # one seed each
     python tools/reproduce_mnist.py ours --seeds 3 --ship                           # mnist-unet is seed 0
     python tools/reproduce_mnist.py ablation short samplers ddim
+    python tools/reproduce_mnist.py precision                                       # of the shipped weights
 
 Each run lies in runs/mnist-NAME-SEED, made by `diffusion-book train mnist`; an interrupted one goes on,
 a finished one is only read. A file in results/ is replaced when all runs it tells of are complete.
@@ -183,8 +184,18 @@ def ddim(given: argparse.Namespace) -> None:
     write("mnist_ddim", "ddim", {name: asdict(digits_config(name, "published")) for name in names}, rows)
 
 
+def precision(given: argparse.Namespace) -> None:
+    """The shipped network, drawn from the same noise in both precisions: scores, and how far single pixels move."""
+    network, names = load_pretrained("mnist-unet"), ("float32", "bf16")
+    scores = {name: evaluate(network, given.n, precision=name) for name in names}
+    few = [network.denormalise(network.sample(500, precision=name)) for name in names]
+    apart = (few[0] - few[1]).abs()
+    moved = {"samples": 500, "mean": float(apart.mean()), "above_half": float((apart > 0.5).double().mean())}
+    write("mnist_precision", "precision", network.card["config"], {"scores": scores, "pixels_moved": moved})
+
+
 def main() -> None:
-    others = {"ablation": ablation, "short": short, "samplers": samplers, "ddim": ddim}
+    others = {"ablation": ablation, "short": short, "samplers": samplers, "ddim": ddim, "precision": precision}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names", nargs="+", choices=[*(name for name in RECIPES if not name.startswith("guided")), *others]
