@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -190,37 +187,6 @@ def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, cut):
     assert torch.equal(weights(second[0]), weights(undisturbed[0]))
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
     assert [row["step"] for row in again] == [10, 20, 30, 40]
-
-
-KILLED = """
-    import os, signal, sys, threading
-    sys.path.insert(0, {tests!r})
-    import test_fit
-    delay = float(sys.argv[2])
-    if delay:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    model, *rest = test_fit.parts(steps=400)
-    test_fit.run(model, *rest, epochs=40, folder=sys.argv[1], save_every=7)
-    print(test_fit.weights(model).numpy().tobytes().hex())
-"""
-
-
-def test_a_process_that_was_killed_several_times_ends_bit_equal(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED.format(tests=str(__import__("pathlib").Path(__file__).parent))))
-
-    def call(folder, delay):
-        command = [sys.executable, str(script), str(tmp_path / folder), str(delay)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    whole = call("whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    killed = 0
-    for delay in (0.3, 0.5, 0.4, 0.6, 0.2):
-        killed += call("cut", delay).returncode == -9
-    end = call("cut", 0)
-    assert killed >= 1 and end.returncode == 0, end.stderr
-    assert end.stdout == whole.stdout != ""
 
 
 def test_a_finished_run_trains_no_further(tmp_path):

@@ -137,6 +137,8 @@ def test_only_the_first_writes(runs):
         lambda n, g: torch.randn(torch.Size([n, 2]), generator=g),
         lambda n, g: torch.randint(1, 101, (n,), generator=g),
         lambda n, g: torch.randint(7, (n, 2), generator=g),
+        lambda n, g: torch.randint(1, 9, size=(n,), generator=g),
+        lambda n, g: torch.randn(size=(n, 2), generator=g),
         lambda n, g: core.randn_like(torch.zeros(n, 2), g),
     ],
 )
@@ -155,7 +157,7 @@ def test_other_draws_are_left_alone():
     own, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     with GlobalDraws(own, 4, 1, 2):
         assert torch.rand(4, generator=other).shape == (4,)
-        assert torch.rand((), generator=own).shape == () and torch.rand(3, 4, generator=own).shape == (3, 4)
+        assert torch.rand((), generator=own).shape == ()
         assert torch.rand(4).shape == (4,)
     plain = torch.Generator().manual_seed(0)
     torch.rand(4, generator=plain)
@@ -171,6 +173,13 @@ def test_a_draw_that_cannot_be_divided_is_refused(draw):
         draw(own)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (8,), (1,), (2, 4)])
+def test_a_draw_that_does_not_begin_with_the_rows_is_refused(shape):
+    own = torch.Generator()
+    with GlobalDraws(own, 4, 0, 2), pytest.raises(NotImplementedError, match="begins with the 4 rows of the batch"):
+        torch.rand(shape, generator=own)
+
+
 # One alone, and what is refused
 
 
@@ -180,7 +189,7 @@ def test_one_process_is_left_as_it_is(monkeypatch):
     assert alone == Processes(0, 1) and not torch.distributed.is_initialized()
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    alone.prepare(net)
+    assert alone.prepare(net) is alone
     assert type(net[1]) is torch.nn.BatchNorm2d
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert alone.average(net, torch.tensor(2.0)).tolist() == [2.0]
