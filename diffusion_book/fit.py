@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .checkpoint import GlobalRandom
-from .core import RandomStreams, derive_seed
+from .core import RandomStreams, derive_seed, device
 from .data import Images, batches
 from .diffusion import GaussianDiffusion
+from .monitor import card_grids
+from .precision import loss_scaler
 from .processes import Processes
 from .run import Run
 from .schedule import Schedule
 from .train import TrainStep
 
 # %% auto #0
-__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit']
+__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit', 'recipe_options']
 
 # %% ../nbs/53_fit.ipynb #7f9364e3
 def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
@@ -145,3 +148,24 @@ def fit(
     run = Run(folder, config, parts | {"hidden": GlobalRandom()}, **options)
     steps = run.steps(loss_fn, epoch_batches(images, batch_size, streams.seed, epochs, run.step, augment), max_norm)
     return run.follow(_bar(steps, run, epochs) if bar and run.writes else steps)
+
+# %% ../nbs/53_fit.ipynb #3b6434d2
+def recipe_options(
+    config: Any,  # a dataclass with batch_size, epochs and precision
+    trained: Any,  # a `Pretrained` about to be trained
+    seed: int,  # of the run
+    folder: str | Path | None,  # for checkpoints
+    *,
+    grids: int | None = None,  # epochs between two pictures of samples, in folder/grids
+    model: nn.Module | None = None,  # that they are drawn with, such as an average; `trained.model` if not given
+    **options: Any,  # for `fit`, as they are
+) -> dict[str, Any]:
+    """What a recipe tells `fit`. Raises ValueError for grids without a folder, and for an unknown precision."""
+    if grids is not None and (folder is None or grids < 1):
+        raise ValueError(f"grids need a folder to lie in, and at least 1 epoch between two; got {folder} and {grids}")
+    chosen = {"batch_size": config.batch_size, "epochs": config.epochs, "folder": folder}
+    chosen |= {"config": {"seed": seed, **asdict(config)}, "scaler": loss_scaler(config.precision, device())}
+    if folder is not None and grids is not None:
+        chosen["grids"] = card_grids(trained, Path(folder) / "grids", grids, model=model)
+    return options | chosen
+

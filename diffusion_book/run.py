@@ -78,13 +78,16 @@ class _Kept:
             yield
         except OSError as error:  # a full disk, most often
             last = latest(self.folder or "")
-            left = f"the last checkpoint is {last.name}, and the same call goes on from it" if last else "none was saved"
+            left = (
+                f"the last checkpoint is {last.name}, and the same call goes on from it" if last else "none was saved"
+            )
             raise OSError(error.errno, f"{error.strerror}; {left}", error.filename) from error
 
     def _check(self, trouble: Trouble | None) -> None:
         if trouble is not None:
             last = None if self.folder is None else latest(self.folder)
-            raise FloatingPointError(trouble.told(len(self.history) + 1, self.folder, last))
+            epoch = (trouble.step - 1) // self.per_epoch + 1
+            raise FloatingPointError(trouble.told(epoch, self.folder, last))
 
     def _start_clocks(self) -> None:
         self.since = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}

@@ -154,7 +154,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path, n: int
 ) -> None:
     monkeypatch.setattr(os, "fsync", partial(fail_at, n, os.fsync, {"n": 0}))
-    with pytest.raises(OSError, match="No space left on device; not written, what was there .* is untouched") as caught:
+    with pytest.raises(
+        OSError, match=r"No space left on device; not written, what was there .* is untouched"
+    ) as caught:
         whole_run(tmp_path)
     monkeypatch.undo()
     if n == 1:
