@@ -168,4 +168,3 @@ def recipe_options(
     if folder is not None and grids is not None:
         chosen["grids"] = card_grids(trained, Path(folder) / "grids", grids, model=model)
     return options | chosen
-

@@ -51,9 +51,9 @@ class Trouble(NamedTuple):
         last: Path | None,  # the last of them
     ) -> str:
         """Step, epoch, what is left, and the likely causes."""
-        kept = "nothing was saved"
-        if folder is not None:
-            kept = f"the checkpoints in {folder} are from before, the last good one is {last.name if last else 'none'}"
+        kept = "nothing was saved" if folder is None else f"{folder} holds no checkpoint yet"
+        if last is not None:
+            kept = f"the checkpoints in {folder} are from before, the last good one is {last.name}"
         return f"step {self.step}: the {self.what} of epoch {epoch} is {self.value}: {kept}; {self.causes()}"
 
 # %% ../nbs/52_1_guards.ipynb #1de86595

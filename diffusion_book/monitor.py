@@ -123,7 +123,6 @@ def card_grids(
     shape = (n, *trained.card["data"]["shape"])
     return SampleGrids(trained.model if model is None else model, draw, shape, folder, every, **options)
 
-
 # %% ../nbs/52_2_monitor.ipynb #b8f5d226
 class Monitor:
     """All that a run tells while it goes on: log.jsonl, TensorBoard, pictures of samples, lines."""
