@@ -163,18 +163,17 @@ def pictures_training(
     averages, x = EMAs(model, config.half_lives, "unbiased"), held_out.normalise(held_out.images[:1_000])
     labels = None if config.label_drop is None else held_out.labels[:1_000]
     loss = _loss(config, diffusion, denoiser, streams.noise, len(train.class_names))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
 
     def validate() -> dict[str, Any]:
         if watch is not None:
             watch(trained, averages)
         return {"validation_loss": float(validation_loss(diffusion, denoiser, x, labels, bins=1))}
 
-    first = averages[config.half_lives[0]].module
-    options = recipe_options(config, trained, streams.seed, folder, model=first, progress=progress, **told)
+    told |= {"progress": progress, "model": averages[config.half_lives[0]].module}
+    options = recipe_options(config, trained, streams.seed, folder, **told)
     options |= {"augment": _augmentation(config), "ema": averages, "validate": validate}
     trained.card |= {"history": fit(model, loss, train, optimizer, streams, **options), "environment": environment()}
-    trained.model = first
+    trained.model = told["model"]
     return trained
