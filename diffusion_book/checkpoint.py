@@ -91,7 +91,8 @@ class GlobalRandom:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
+        for here, one in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):  # perhaps fewer, or more
+            torch.cuda.set_rng_state(one, here)
 
 # %% ../nbs/52_checkpoint.ipynb #688f1665
 def save_checkpoint(

@@ -31,12 +31,16 @@ _PRESETS = ("tiny", "quick", "full", "published")
 def device() -> torch.device:
     """The accelerator this process should use: CUDA where there is one, else the CPU.
 
-    `DIFFUSION_BOOK_DEVICE` (`cpu`, `cuda`, `cuda:1`, `mps`) overrides the choice.
+    `DIFFUSION_BOOK_DEVICE` (`cpu`, `cuda`, `cuda:1`, `mps`) overrides the choice. Of several GPUs, each process that
+    a launcher started takes its own: the number is in `LOCAL_RANK`. Raises ValueError where there are too few.
     """
-    chosen = os.environ.get("DIFFUSION_BOOK_DEVICE")
-    if chosen:
+    chosen = os.environ.get("DIFFUSION_BOOK_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if chosen != "cuda" or rank is None or gpus < 2:
         return torch.device(chosen)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if int(rank) >= gpus:
+        raise ValueError(f"this is process {rank} of a machine with {gpus} GPUs: start at most {gpus} processes on it")
+    return torch.device("cuda", int(rank))
 
 
 def preset_name() -> str:

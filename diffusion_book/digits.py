@@ -15,7 +15,7 @@ import torch
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, load
 from .ema import EMAs
-from .fit import fit, validation_loss
+from .fit import fit, recipe_options, validation_loss
 from .guidance import drop_labels
 from .precision import in_precision
 from .weights import Pretrained
@@ -42,7 +42,7 @@ class DigitsConfig:
     max_norm: float | None = None  # of the gradient
     label_drop: float | None = None  # share of labels that are hidden in training; None: a network without labels
     half_lives: tuple[float, ...] = ()  # of the averages that are kept beside the weights, in steps
-    precision: str = "bf16"
+    precision: str = "bf16"  # or "fp16", "float32", "auto"
     sampler: str = "ddpm"  # or "ddim"
     steps: int = 100  # moves of the sampler
     variance: str = "posterior"  # of "ddpm"
@@ -171,6 +171,7 @@ def digits_training(
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     progress: bool = True,  # show a bar
     watch: Callable[[Pretrained, EMAs | None], Any] | None = None,  # called after each epoch, for a look
+    **told: Any,  # for `fit`: log_every, tensorboard, early_stop, ...; grids=5 draws samples every fifth epoch
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
     trained, (train, held_out) = _fresh(config, streams), (images.to(device()) for images in digits_data(config))
@@ -185,9 +186,8 @@ def digits_training(
         parts = validation_loss(trained.diffusion, denoiser, held_out.normalise(held_out.images), labels)
         return {"validation_loss": float(parts.mean()), "validation_by_time": [float(f"{v:.5g}") for v in parts]}
 
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs", "max_norm")}
-    options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
-    options |= {"scheduler": scheduler, "validate": validate, "ema": ema}
+    options = recipe_options(config, trained, streams.seed, folder, progress=progress, **told)
+    options |= {"scheduler": scheduler, "validate": validate, "ema": ema, "max_norm": config.max_norm}
     loss = _loss(config, trained, denoiser, streams)
     trained.card["history"] = fit(trained.model, loss, train, optimizer, streams, **options)
     trained.card["environment"] = environment()

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from .core import RandomStreams, derive_seed
+from .checkpoint import GlobalRandom
+from .core import RandomStreams, derive_seed, device
 from .data import Images, batches
 from .diffusion import GaussianDiffusion
+from .monitor import card_grids
+from .precision import loss_scaler
 from .processes import Processes
 from .run import Run
 from .schedule import Schedule
 from .train import TrainStep
 
 # %% auto #0
-__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit']
+__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit', 'recipe_options']
 
 # %% ../nbs/53_fit.ipynb #7f9364e3
 def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
@@ -98,19 +102,24 @@ def epoch_batches(
         yield from batches(images, batch_size, seed, epoch, max(0, start - epoch * per_epoch), augment)
 
 # %% ../nbs/53_fit.ipynb #4bbfa279
-def _bar(steps: Iterator[TrainStep], start: int, total: int) -> Iterator[TrainStep]:
+def _bar(steps: Iterator[TrainStep], run: Run, epochs: int) -> Iterator[TrainStep]:
     from tqdm.auto import tqdm  # only when a bar is wanted: importing the library stays light
 
-    return iter(tqdm(steps, desc="training", initial=start, total=total, mininterval=1))
+    return iter(tqdm(steps, desc="training", initial=run.step, total=epochs * run.per_epoch, mininterval=1))
 
 
 def _terminal() -> bool:
     """Whether somebody watches: a log gets lines in place of a bar."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
+
+def _with_place(config: Mapping[str, Any] | None, images: Images, batch_size: int, seed: int) -> dict[str, Any]:
+    """A configuration, and what gives a step its place in the data: with another, the same step is another image."""
+    return {**(config or {}), "data order": {"images": len(images), "batch_size": batch_size, "seed": seed}}
+
 # %% ../nbs/53_fit.ipynb #8d96d50a
 def fit(
-    model: nn.Module,
+    model: nn.Module,  # trained in place
     loss_fn: Callable[[nn.Module, Any], Tensor],  # (model, (x, labels)) to a scalar
     images: Images,  # on the device of the model
     optimizer: torch.optim.Optimizer,
@@ -126,17 +135,36 @@ def fit(
     folder: str | Path | None = None,  # for checkpoints and log.jsonl; a run that lies there goes on
     config: Mapping[str, Any] | None = None,  # plain values; a checkpoint with others is refused
     progress: bool = True,  # show a bar; without a terminal, a line per epoch
-    **options: Any,  # for `Run`: save_every, validate, early_stop, on_step, log_every, tensorboard, grids
+    **options: Any,  # for `Run`: save_every, keep, validate, early_stop, on_step, log_every, tensorboard, grids
 ) -> list[dict[str, Any]]:  # a row per epoch: epoch, step, mean loss, seconds, cpu_seconds, validate's items
     """Train for some epochs, or finish what lies in `folder`: on a CPU bit for bit the same as without interruption.
 
     FloatingPointError at the step that is not finite; KeyboardInterrupt after Ctrl-C, when a step is done and saved.
     """
-    processes, per_epoch = Processes.join(), max(1, len(images) // batch_size)
-    processes.prepare(model)
-    bar = progress and _terminal() and processes.rank == 0
-    parts = {"scheduler": scheduler, "ema": ema, "model": model, "optimizer": optimizer, "streams": streams}
-    options |= {"processes": processes, "per_epoch": per_epoch, "lines": progress and not bar}
-    run = Run(folder, config or {}, parts | {"scaler": scaler}, **options)
+    bar, per_epoch = progress and _terminal(), max(1, len(images) // batch_size)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
+    options |= {"processes": Processes.join().prepare(model), "per_epoch": per_epoch, "lines": progress and not bar}
+    config, parts = _with_place(config, images, batch_size, streams.seed), parts | {"streams": streams}
+    run = Run(folder, config, parts | {"hidden": GlobalRandom()}, **options)
     steps = run.steps(loss_fn, epoch_batches(images, batch_size, streams.seed, epochs, run.step, augment), max_norm)
-    return run.follow(_bar(steps, run.step, epochs * per_epoch) if bar else steps)
+    return run.follow(_bar(steps, run, epochs) if bar and run.writes else steps)
+
+# %% ../nbs/53_fit.ipynb #3b6434d2
+def recipe_options(
+    config: Any,  # a dataclass with batch_size, epochs and precision
+    trained: Any,  # a `Pretrained` about to be trained
+    seed: int,  # of the run
+    folder: str | Path | None,  # for checkpoints
+    *,
+    grids: int | None = None,  # epochs between two pictures of samples, in folder/grids
+    model: nn.Module | None = None,  # that they are drawn with, such as an average; `trained.model` if not given
+    **options: Any,  # for `fit`, as they are
+) -> dict[str, Any]:
+    """What a recipe tells `fit`. Raises ValueError for grids without a folder, and for an unknown precision."""
+    if grids is not None and (folder is None or grids < 1):
+        raise ValueError(f"grids need a folder to lie in, and at least 1 epoch between two; got {folder} and {grids}")
+    chosen = {"batch_size": config.batch_size, "epochs": config.epochs, "folder": folder}
+    chosen |= {"config": {"seed": seed, **asdict(config)}, "scaler": loss_scaler(config.precision, device())}
+    if folder is not None and grids is not None:
+        chosen["grids"] = card_grids(trained, Path(folder) / "grids", grids, model=model)
+    return options | chosen

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load
-from .fit import absolute_errors, fit
+from .fit import absolute_errors, fit, recipe_options
 from .flowers import eighty_twenty
 from .image_distances import flower_features, sliced_noise_share, sliced_wasserstein_distance
 from .metrics import kernel_distance, score_interval
@@ -47,7 +47,7 @@ class FlowersConfig:
     learning_rate: float = 1e-3  # the constant rate, or the peak of a one-cycle schedule
     one_cycle: bool = False
     weight_decay: float = 1e-4
-    precision: str = "bf16"
+    precision: str = "bf16"  # or "fp16", "float32", "auto"
     steps: int = 20  # moves of the sampler
     eta: float = 0.0
     match_contrast: bool = False  # a gain on the estimates of x0, measured after training
@@ -149,6 +149,7 @@ def flowers_training(
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     progress: bool = True,  # show a bar
     watch: Callable[[Pretrained], Any] | None = None,  # called after each epoch, to draw from the network as it is
+    **told: Any,  # for `fit`: log_every, tensorboard, early_stop, ...; grids=5 draws samples every fifth epoch
 ) -> Pretrained:  # its card has the history, a row per epoch
     """Train a residual U-Net on flowers, or finish what an interrupted call has left in the folder."""
     train, held_out = (images.to(device()) for images in flowers_data(config))
@@ -160,10 +161,9 @@ def flowers_training(
     def loss(_: Any, batch: Any) -> Tensor:
         return diffusion.loss(denoiser, batch[0], loss=config.loss, image_weight=config.image_weight, generator=noise)
 
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "epochs")}
+    options = recipe_options(config, trained, streams.seed, folder, progress=progress, **told)
     validate = partial(_validated, trained, denoiser, held_out.normalise(held_out.images), watch)
     options |= {"scheduler": scheduler, "validate": validate, "augment": flip if config.flips else None}
-    options |= {"folder": folder, "config": {"seed": streams.seed, **asdict(config)}, "progress": progress}
     history = fit(trained.model, loss, train, optimizer, streams, **options)
     trained.card |= {"history": history, "environment": environment()}
     trained.model.eval()

@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .train import TrainStep
@@ -28,7 +29,7 @@ class Trouble(NamedTuple):
     """The first step of a run that was not finite, and what can be said about it."""
 
     step: int
-    what: str  # "loss" or "gradient norm"
+    what: str  # "loss", "gradient norm" or "sum of the weights"
     value: float  # nan or inf
     before: list[float]  # losses of the last steps before it
     learning_rate: float
@@ -50,9 +51,9 @@ class Trouble(NamedTuple):
         last: Path | None,  # the last of them
     ) -> str:
         """Step, epoch, what is left, and the likely causes."""
-        kept = "nothing was saved"
-        if folder is not None:
-            kept = f"the checkpoints in {folder} are from before, the last good one is {last.name if last else 'none'}"
+        kept = "nothing was saved" if folder is None else f"{folder} holds no checkpoint yet"
+        if last is not None:
+            kept = f"the checkpoints in {folder} are from before, the last good one is {last.name}"
         return f"step {self.step}: the {self.what} of epoch {epoch} is {self.value}: {kept}; {self.causes()}"
 
 # %% ../nbs/52_1_guards.ipynb #1de86595
@@ -89,6 +90,14 @@ class NanGuard:
             before.append(float(done.loss))
         return None  # finite, each of them: their sum overflowed
 
+    def inspect(self, weights: Iterable[Tensor]) -> Trouble | None:
+        """A last look before they are saved: a gradient that nobody watched can break them while the loss is fine."""
+        total = float(torch.stack([weight.detach().float().sum() for weight in weights]).sum())
+        if math.isfinite(total) or not self._recent:
+            return None
+        last, losses = self._recent[-1], [float(done.loss) for done in self._recent]
+        return Trouble(last.step, "sum of the weights", total, losses[-5:], last.learning_rate)
+
 # %% ../nbs/52_1_guards.ipynb #3ee8b674
 class EarlyStop(NamedTuple):
     """Stop where an item of the history has not improved for some epochs. It remembers nothing: history tells all."""
@@ -103,7 +112,8 @@ class EarlyStop(NamedTuple):
             raise ValueError(
                 f"need patience >= 1 and an item of every row ({known}); got {self.patience}, {self.item!r}"
             )
-        return min(range(len(history)), key=lambda i: history[i][self.item], default=-1)
+        values = [row[self.item] for row in history]  # nan is worse than any number
+        return min(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else values[i], default=-1)
 
     def over(self, history: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the best row is `patience` rows old."""

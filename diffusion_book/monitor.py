@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .train import TrainStep
 from .viz import save_images
 
 # %% auto #0
-__all__ = ['JsonLog', 'tensorboard_writer', 'SampleGrids', 'Monitor']
+__all__ = ['JsonLog', 'tensorboard_writer', 'SampleGrids', 'card_grids', 'Monitor']
 
 # %% ../nbs/52_2_monitor.ipynb #af905c20
 def _line(row: Mapping[str, Any]) -> str:
@@ -100,6 +101,27 @@ class SampleGrids:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_images(x, path := self.folder / f"epoch_{epoch:04d}.png", **self.options)
         return path
+
+# %% ../nbs/52_2_monitor.ipynb #667aa2de
+def card_grids(
+    trained: Any,  # a `Pretrained`, whose card names the sampler and the shape of its pictures
+    folder: str | Path,
+    every: int = 1,  # epochs
+    *,
+    model: nn.Module | None = None,  # such as an average of the weights; `trained.model` if not given
+    n: int = 36,  # pictures in the grid
+    **options: Any,  # for `SampleGrids`: seed, columns
+) -> SampleGrids:
+    """Grids of what a network will draw, by the sampler of its own card."""
+
+    def draw(network: nn.Module, noise: Tensor, generator: Generator) -> Tensor:
+        x = noise
+        for move in replace(trained, model=network).sampler(noise, generator):
+            x = move.x
+        return 2 * trained.denormalise(x) - 1
+
+    shape = (n, *trained.card["data"]["shape"])
+    return SampleGrids(trained.model if model is None else model, draw, shape, folder, every, **options)
 
 # %% ../nbs/52_2_monitor.ipynb #b8f5d226
 class Monitor:

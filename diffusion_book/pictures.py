@@ -18,7 +18,7 @@ from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load, random_crop
 from .diffusion import GaussianDiffusion
 from .ema import EMAs
-from .fit import fit, validation_loss
+from .fit import fit, recipe_options, validation_loss
 from .guidance import drop_labels
 from .precision import in_precision
 from .weights import Pretrained
@@ -45,7 +45,7 @@ class PicturesConfig:
     learning_rate: float = 3e-4
     weight_decay: float = 1e-2
     half_lives: tuple[float, ...] = (138,)  # of the averages, in steps; the trained network gets the first
-    precision: str = "bf16"
+    precision: str = "bf16"  # or "fp16", "float32", "auto"
     sampler: str = "ddpm"
     steps: int = 1_000  # moves of the sampler
     eta: float | None = None  # for "ddim"
@@ -153,6 +153,7 @@ def pictures_training(
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
     progress: bool = True,  # show a bar
     watch: Callable[[Pretrained, EMAs], Any] | None = None,  # called after each epoch, for a look
+    **told: Any,  # for `fit`: log_every, tensorboard, early_stop, ...; grids=5 draws samples every fifth epoch
 ) -> Pretrained:  # with the first average; its card has the history, a row per epoch
     """Train an attention U-Net on pictures, or finish what an interrupted call has left in the folder."""
     train, held_out = (images.to(device()) for images in pictures_data(config))
@@ -162,18 +163,17 @@ def pictures_training(
     averages, x = EMAs(model, config.half_lives, "unbiased"), held_out.normalise(held_out.images[:1_000])
     labels = None if config.label_drop is None else held_out.labels[:1_000]
     loss = _loss(config, diffusion, denoiser, streams.noise, len(train.class_names))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    rate, decay = config.learning_rate, config.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
 
     def validate() -> dict[str, Any]:
         if watch is not None:
             watch(trained, averages)
         return {"validation_loss": float(validation_loss(diffusion, denoiser, x, labels, bins=1))}
 
-    options: dict[str, Any] = {"batch_size": config.batch_size, "epochs": config.epochs, "validate": validate}
-    options |= {"augment": _augmentation(config), "ema": averages, "folder": folder, "progress": progress}
-    options["config"] = {"seed": streams.seed, **asdict(config)}
+    told |= {"progress": progress, "model": averages[config.half_lives[0]].module}
+    options = recipe_options(config, trained, streams.seed, folder, **told)
+    options |= {"augment": _augmentation(config), "ema": averages, "validate": validate}
     trained.card |= {"history": fit(model, loss, train, optimizer, streams, **options), "environment": environment()}
-    trained.model = averages[config.half_lives[0]].module
+    trained.model = told["model"]
     return trained

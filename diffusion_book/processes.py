@@ -36,15 +36,18 @@ class GlobalDraws(TorchFunctionMode):
         self.generator, self.rows, self.rank, self.count = generator, rows, rank, count
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("generator") is not self.generator:
-            return func(*args, **kwargs)
+        options = dict(kwargs or {})
+        if options.get("generator") is not self.generator:
+            return func(*args, **options)
         if func not in (torch.rand, torch.randn, torch.randint):
             raise NotImplementedError(f"{func} cannot be divided among processes: draw with rand, randn or randint")
-        *lead, size = args if func is torch.randint or not isinstance(args[0], int) else [args]
-        if not size or size[0] != self.rows:
-            return func(*lead, size, **kwargs)  # nothing per row: the same everywhere
-        whole = func(*lead, (self.rows * self.count, *size[1:]), **kwargs)
+        args = (*args, options.pop("size")) if "size" in options else args
+        *bounds, size = args if func is torch.randint or not isinstance(args[0], int) else [args]
+        if len(size) == 0:
+            return func(*bounds, size, **options)  # one number, the same for all
+        if size[0] != self.rows:
+            raise NotImplementedError(f"a draw begins with the {self.rows} rows of the batch; got shape {tuple(size)}")
+        whole = func(*bounds, (self.rows * self.count, *size[1:]), **options)
         return whole[self.rank * self.rows : (self.rank + 1) * self.rows]
 
 # %% ../nbs/53_1_processes.ipynb #622199bc
@@ -65,21 +68,22 @@ class Processes:
                 from accelerate import PartialState
             except ImportError:
                 if device().type == "cuda":
-                    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+                    torch.cuda.set_device(device().index or 0)
                 dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
             else:
                 PartialState(cpu=device().type == "cpu")
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module) -> Processes:  # itself
         """The weights of process 0 for all; on GPUs, batch normalisation over all processes. Changes the model."""
         if self.count == 1:
-            return
+            return self
         if next(model.parameters()).is_cuda:
             for name, part in list(model.named_children()):
                 setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
+        return self
 
     def divide(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The rows of this process. Raises ValueError for a batch that cannot be divided evenly."""

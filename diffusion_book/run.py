@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class _Kept:
         parts: Mapping[str, Any],  # model, optimizer, streams, ...: None for what there is not
         *,
         per_epoch: int,  # steps
-        save_every: int = 500,  # steps
+        save_every: int = 500,  # steps between checkpoints, besides those at the end of an epoch
+        keep: int = 3,  # so many of them stay
         processes: Processes | None = None,  # one alone if not given
         validate: Callable[[], Mapping[str, Any]] | None = None,  # after each epoch, in process 0
         early_stop: EarlyStop | None = None,
@@ -42,7 +44,8 @@ class _Kept:
         **told: Any,  # for `Monitor`
     ) -> None:
         self.folder, self.config, self.parts = folder, config, parts
-        self.per_epoch, self.save_every, self.processes = per_epoch, save_every, processes or Processes()
+        self.per_epoch, self.save_every, self.keep = per_epoch, save_every, keep
+        self.processes = processes or Processes()
         self.validate, self.stop, self.on_step = validate, early_stop, on_step
         self.step, self.history, self.total = 0, list[dict[str, Any]](), torch.zeros(())
         self.spent = {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -59,18 +62,32 @@ class _Kept:
 
     def save(self, inside: str = "") -> None:
         self._check(self.guard.look())
-        if self.folder is None or not self.writes:
+        if self.folder is None:
             return
-        self._stop_clocks()
-        extra = {"history": self.history, "total": self.total, "spent": self.spent}
-        target = Path(self.folder) / inside
-        keep = 1 if inside else 3
-        save_checkpoint(target, step=self.step, config=self.config, extra=extra, keep=keep, **self.parts)
+        self._check(self.guard.inspect(self.parts["model"].parameters()))
+        if self.writes:
+            self._stop_clocks()
+            extra = {"history": self.history, "total": self.total, "spent": self.spent}
+            target, keep = Path(self.folder) / inside, 1 if inside else self.keep
+            with self._told_what_is_left():
+                save_checkpoint(target, step=self.step, config=self.config, extra=extra, keep=keep, **self.parts)
+
+    @contextmanager
+    def _told_what_is_left(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk, most often
+            last = latest(self.folder or "")
+            left = (
+                f"the last checkpoint is {last.name}, and the same call goes on from it" if last else "none was saved"
+            )
+            raise OSError(error.errno, f"{error.strerror}; {left}", error.filename) from error
 
     def _check(self, trouble: Trouble | None) -> None:
         if trouble is not None:
             last = None if self.folder is None else latest(self.folder)
-            raise FloatingPointError(trouble.told(len(self.history) + 1, self.folder, last))
+            epoch = (trouble.step - 1) // self.per_epoch + 1
+            raise FloatingPointError(trouble.told(epoch, self.folder, last))
 
     def _start_clocks(self) -> None:
         self.since = {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
@@ -139,8 +156,9 @@ class Run(_Kept):
         self._stop_clocks()
         loss = float(self.total) / self.per_epoch
         row = {"epoch": len(self.history) + 1, "step": self.step, "loss": loss} | self.spent
-        items = dict(self.validate() if self.validate is not None and self.writes else {})
-        self.history.append(row | self.processes.tell(items))
+        if self.validate is not None and self.writes:
+            row |= self.validate()
+        self.history.append(self.processes.tell(row))  # all know the same rows, and stop at the same one
         self.total = torch.zeros(())
         if self.monitor is not None:
             self.monitor.epoch(self.history[-1])

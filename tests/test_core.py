@@ -295,3 +295,35 @@ def test_the_home_is_that_of_the_settings():
     settings.read(Path(__file__).parent.parent / "settings.ini")
     where = settings["DEFAULT"]
     assert f"githubusercontent.com/{where['user']}/{where['repo']}/{where['branch']}" in core._HOME
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rank", "gpus", "found"),
+    [
+        (None, None, 0, "cpu"),
+        (None, "1", 0, "cpu"),
+        (None, None, 4, "cuda"),
+        (None, "3", 4, "cuda:3"),
+        ("cuda", "2", 4, "cuda:2"),
+        ("cuda:1", "2", 4, "cuda:1"),
+        ("cpu", "2", 4, "cpu"),
+        (None, "3", 1, "cuda"),  # a launcher that shows each process a GPU of its own
+    ],
+)
+def test_each_launched_process_has_its_own_gpu(monkeypatch, chosen, rank, gpus, found):
+    for name, value in (("DIFFUSION_BOOK_DEVICE", chosen), ("LOCAL_RANK", rank)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    assert core.device() == torch.device(found)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.delenv("DIFFUSION_BOOK_DEVICE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="process 2 of a machine with 2 GPUs: start at most 2 processes"):
+        core.device()

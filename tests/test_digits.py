@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusion_book.checkpoint import CheckpointError
 from diffusion_book.core import RandomStreams
 from diffusion_book.digits import RECIPES, DigitsConfig, digits_card, digits_config, digits_data, digits_training
+from diffusion_book.guards import EarlyStop
 from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
 
 TINY = digits_config("ours", "tiny", epochs=1, channels=8)
@@ -233,3 +235,15 @@ def test_the_learning_rate_goes_up_and_down_to_nothing():
     assert max(rates) == pytest.approx(config.learning_rate) and rates.index(max(rates)) in (9, 10)
     assert rates[0] < config.learning_rate / 10 and rates[-1] < config.learning_rate / 1000
     assert _optimizer(torch.nn.Linear(2, 2), digits_config("published", "tiny"), steps=100)[1] is None
+
+
+def test_what_fit_takes_is_handed_through(tmp_path, few):
+    config = replace(GUIDED, precision="auto", steps=3)
+    plain = digits_training(config, RandomStreams(0), progress=False)
+    options = {"log_every": 7, "grids": 2, "early_stop": EarlyStop(5), "save_every": 3}
+    trained = digits_training(config, RandomStreams(0), tmp_path, progress=False, **options)
+    assert torch.equal(flat(plain.model), flat(trained.model))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [7, 10, 14, 20] and trained.card["sampler"]["precision"] == "auto"
+    assert sorted(path.name for path in tmp_path.glob("grids/*")) == ["epoch_0002.png"]
+    assert list((tmp_path / "best").glob("step_*"))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
-import subprocess
-import sys
-import textwrap
+import signal
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from diffusion_book.checkpoint import CheckpointError, latest
+from diffusion_book import fit as fitting
+from diffusion_book.checkpoint import CheckpointError, latest, load_checkpoint
 from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.diffusion import GaussianDiffusion
 from diffusion_book.ema import EMA, EMAs
-from diffusion_book.fit import absolute_errors, epoch_batches, fit, validation_loss
+from diffusion_book.fit import absolute_errors, epoch_batches, fit, recipe_options, validation_loss
+from diffusion_book.guards import EarlyStop
+from diffusion_book.monitor import SampleGrids
 from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule
 
 DIFFUSION = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(50)), "noise")
@@ -42,12 +45,12 @@ def parts(seed=0, learning_rate=1e-2, steps=40):
     return model, optimizer, streams, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
 
 
-def run(model, optimizer, streams, scheduler, epochs=4, **options):
+def run(model, optimizer, streams, scheduler, epochs=4, images=DIGITS, **options):
     def loss(net, batch):
         return DIFFUSION.loss(net, batch[0], generator=streams.noise)
 
     options = {"batch_size": 10, "scheduler": scheduler, "progress": False} | options
-    return fit(model, loss, DIGITS, optimizer, streams, epochs=epochs, **options)
+    return fit(model, loss, images, optimizer, streams, epochs=epochs, **options)
 
 
 def weights(model):
@@ -192,37 +195,6 @@ def test_a_run_that_was_cut_off_ends_bit_equal(tmp_path, cut):
     assert [row["step"] for row in again] == [10, 20, 30, 40]
 
 
-KILLED = """
-    import os, signal, sys, threading
-    sys.path.insert(0, {tests!r})
-    import test_fit
-    delay = float(sys.argv[2])
-    if delay:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    model, *rest = test_fit.parts(steps=400)
-    test_fit.run(model, *rest, epochs=40, folder=sys.argv[1], save_every=7)
-    print(test_fit.weights(model).numpy().tobytes().hex())
-"""
-
-
-def test_a_process_that_was_killed_several_times_ends_bit_equal(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(textwrap.dedent(KILLED.format(tests=str(__import__("pathlib").Path(__file__).parent))))
-
-    def call(folder, delay):
-        command = [sys.executable, str(script), str(tmp_path / folder), str(delay)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    whole = call("whole", 0)
-    assert whole.returncode == 0, whole.stderr
-    killed = 0
-    for delay in (0.3, 0.5, 0.4, 0.6, 0.2):
-        killed += call("cut", delay).returncode == -9
-    end = call("cut", 0)
-    assert killed >= 1 and end.returncode == 0, end.stderr
-    assert end.stdout == whole.stdout != ""
-
-
 def test_a_finished_run_trains_no_further(tmp_path):
     first, second = parts(), parts()
     rows = run(*first, folder=tmp_path)
@@ -235,6 +207,51 @@ def test_another_configuration_is_refused(tmp_path):
     run(*parts(), folder=tmp_path, config={"learning_rate": 1e-2})
     with pytest.raises(CheckpointError, match=r"config/learning_rate: given 0\.02, stored 0\.01"):
         run(*parts(), folder=tmp_path, config={"learning_rate": 2e-2})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 20}, "config/data order/batch_size: given 20, stored 10"),
+        ({"images": DIGITS.take(slice(0, 90))}, "config/data order/images: given 90, stored 100"),
+    ],
+    ids=["batch size", "images"],
+)
+def test_other_places_in_the_data_are_refused(tmp_path, change, message):
+    run(*parts(), epochs=1, folder=tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        run(*parts(), folder=tmp_path, **change)
+
+
+def test_another_seed_is_refused(tmp_path):
+    run(*parts(), epochs=1, folder=tmp_path)
+    with pytest.raises(CheckpointError, match="config/data order/seed: given 1, stored 0"):
+        run(*parts(seed=1), folder=tmp_path)
+
+
+def test_an_option_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match="save_evry"):
+        run(*parts(), save_evry=3)
+
+
+def test_as_many_checkpoints_stay_as_were_asked_for(tmp_path):
+    run(*parts(), epochs=2, folder=tmp_path, save_every=2, keep=4)
+    assert [int(path.stem[5:]) for path in sorted(tmp_path.glob("step_*"))] == [14, 16, 18, 20]
+
+
+def test_float16_goes_on_with_its_scale(tmp_path):
+    """The scale is a part of the run: it doubles every third step here, and comes back as it was."""
+
+    def scaled(epochs, folder=None):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        made = parts()
+        run(*made, epochs=epochs, folder=folder, scaler=scaler)
+        return weights(made[0]), scaler.get_scale()
+
+    whole, scale = scaled(4)
+    scaled(2, tmp_path)
+    resumed, again = scaled(4, tmp_path)
+    assert torch.equal(whole, resumed) and scale == again == 4.0 * 2**13
 
 
 def test_time_spent_goes_on_and_leaves_validation_out(tmp_path):
@@ -331,8 +348,12 @@ def test_averages_of_a_run_that_was_cut_off_are_bit_equal(tmp_path, make, cut):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (None, EMA, "holds scheduler, model, optimizer, streams; asked for scheduler, ema, model"),
-        (EMA, None, "holds scheduler, ema, model, optimizer, streams; asked for scheduler, model"),
+        (None, EMA, "holds model, optimizer, scheduler, streams, hidden; asked for model, optimizer, scheduler, ema,"),
+        (
+            EMA,
+            None,
+            "holds model, optimizer, scheduler, ema, streams, hidden; asked for model, optimizer, scheduler, s",
+        ),
         (EMA, lambda model: EMAs(model, (2,)), "ema: given 'EMAs', stored 'EMA'"),
         (
             lambda model: EMAs(model, (2,)),
@@ -396,6 +417,142 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_pa
             progress=False,
         )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_that_broke_while_the_loss_was_fine_are_not_saved(tmp_path):
+    model, optimizer, streams, scheduler = parts()
+
+    def break_weights(*_):  # as a gradient does that is not finite, in a step whose loss was
+        steps["n"] += 1
+        if steps["n"] == 20:
+            with torch.no_grad():
+                model.weight[0, 0, 1, 1] = torch.nan
+
+    steps = {"n": 0}
+    optimizer.register_step_post_hook(break_weights)
+    with pytest.raises(FloatingPointError, match=r"step 20: the sum of the weights of epoch 2 is nan.*step_000000018"):
+        run(model, optimizer, streams, scheduler, folder=tmp_path, save_every=3)
+    assert latest(tmp_path).name == "step_000000018.safetensors"
+    assert all(tensor.isfinite().all() for tensor in stored_weights(latest(tmp_path)))
+
+
+def stored_weights(path):
+    model = parts()[0]
+    load_checkpoint(path, model=model)
+    return [p.detach() for p in model.parameters()]
+
+
+def interrupted_at(step):
+    def interrupt(done):
+        if done.step == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return interrupt
+
+
+@pytest.mark.parametrize("step", [1, 10, 17])
+def test_ctrl_c_saves_the_step_and_says_how_to_go_on(tmp_path, capsys, step):
+    whole, first, second = parts(), parts(), parts()
+    run(*whole)
+    with pytest.raises(KeyboardInterrupt, match=rf"stopped after step {step}: .* holds it, the same call goes on"):
+        run(*first, folder=tmp_path, on_step=interrupted_at(step))
+    assert f"stopped after step {step}: {tmp_path} holds it, the same call goes on" in capsys.readouterr().err
+    assert latest(tmp_path).name == f"step_{step:09d}.safetensors"
+    run(*second, folder=tmp_path)
+    assert torch.equal(weights(second[0]), weights(whole[0]))
+
+
+def test_ctrl_c_without_a_folder_says_that_nothing_is_left():
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3: nothing was saved"):
+        run(*parts(), on_step=interrupted_at(3))
+
+
+def test_no_better_ends_the_run_and_the_best_is_kept(tmp_path):
+    model, *rest = parts()
+    scores, seen = iter([3.0, 1.0, 2.0, 2.5, 0.5]), []
+
+    def validate():
+        seen.append(weights(model))
+        return {"score": next(scores)}
+
+    options = {"folder": tmp_path, "early_stop": EarlyStop(2, "score"), "epochs": 8}
+    rows = run(model, *rest, validate=validate, **options)
+    assert [row["score"] for row in rows] == [3.0, 1.0, 2.0, 2.5]
+    best = parts()[0]
+    assert load_checkpoint(tmp_path / "best", model=best)["step"] == 20
+    assert torch.equal(weights(best), seen[1]) and not torch.equal(seen[1], seen[3])
+    assert run(*parts(), validate=lambda: {"score": 0.0}, **options) == rows  # over is over
+
+
+# Records
+
+
+def test_without_a_terminal_each_epoch_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(fitting, "_terminal", lambda: False)
+    rows = run(*parts(), progress=True, validate=lambda: {"score": 0.125})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(rows) == 4
+    assert lines[0].startswith(f"epoch 1  step 10  loss {rows[0]['loss']:.5g}") and lines[0].endswith("score 0.125")
+    run(*parts())
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_there_is_a_bar_from_where_it_stands(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(fitting, "_terminal", lambda: True)
+    run(*parts(), epochs=2, folder=tmp_path)
+    capsys.readouterr()
+    run(*parts(), folder=tmp_path, progress=True)
+    told = capsys.readouterr().err
+    assert "20/40" in told and "40/40" in told and "epoch 3" not in told
+
+
+def test_all_that_can_be_recorded_changes_nothing(tmp_path):
+    plain, watched = parts(), parts()
+    run(*plain)
+    grids = SampleGrids(watched[0], lambda net, noise, _: net(noise, torch.ones(4)), (4, 1, 8, 8), tmp_path, every=2)
+    options = {"folder": tmp_path / "run", "tensorboard": tmp_path / "board", "log_every": 4, "grids": grids}
+    seen = []
+    rows = run(*watched, on_step=seen.append, **options)
+    assert torch.equal(weights(plain[0]), weights(watched[0]))
+    assert [done.step for done in seen] == list(range(1, 41))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row for row in log if "epoch" in row] == rows
+    steps = [row for row in log if "epoch" not in row]
+    assert [row["step"] for row in steps] == list(range(4, 41, 4))
+    assert steps[0]["loss"] == float(seen[3].loss) and steps[0]["learning_rate"] == seen[3].learning_rate
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["epoch_0002.png", "epoch_0004.png"]
+    assert len(list((tmp_path / "board").glob("events*"))) == 1
+
+
+# What a recipe tells
+
+
+@dataclass(frozen=True)
+class Recipe:
+    precision: str = "float32"
+    batch_size: int = 10
+    epochs: int = 2
+
+
+def test_a_recipe_tells_its_sizes_and_itself(tmp_path):
+    told = recipe_options(Recipe(), None, 7, tmp_path, log_every=3, progress=False)
+    assert told == {
+        "batch_size": 10,
+        "epochs": 2,
+        "folder": tmp_path,
+        "config": {"seed": 7, "precision": "float32", "batch_size": 10, "epochs": 2},
+        "scaler": None,
+        "log_every": 3,
+        "progress": False,
+    }
+    assert isinstance(recipe_options(Recipe("fp16"), None, 0, None)["scaler"], torch.amp.GradScaler)
+    assert recipe_options(Recipe("auto"), None, 0, None)["config"]["precision"] == "auto"
+
+
+@pytest.mark.parametrize(("folder", "grids"), [(None, 1), ("runs", 0)])
+def test_grids_that_cannot_be_are_refused(folder, grids):
+    with pytest.raises(ValueError, match="grids need a folder to lie in, and at least 1 epoch between two"):
+        recipe_options(Recipe(), None, 0, folder, grids=grids)
 
 
 def test_without_a_folder_nothing_is_written_and_the_error_says_so(tmp_path, monkeypatch):

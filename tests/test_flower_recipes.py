@@ -20,6 +20,7 @@ from diffusion_book.flower_recipes import (
     flowers_scores,
     flowers_training,
 )
+from diffusion_book.guards import EarlyStop
 from diffusion_book.image_distances import sliced_wasserstein_distance
 from diffusion_book.sampling import sample
 from diffusion_book.weights import Pretrained, load_pretrained, save_pretrained
@@ -138,3 +139,16 @@ def test_scores_are_the_distances_of_what_sample_draws(trained):
     assert (found["n"], found["seed"]) == (40, 3) and found["sampler"]["steps"] == 2
     assert 0 < found["noise_share"] < 1.5 and "frechet" not in found  # 16 pixels are too small for the classifier
     json.dumps(found)
+
+
+def test_what_fit_takes_is_handed_through(tmp_path, monkeypatch):
+    train, held_out = flowers_data(TINY)
+    parts = train.take(slice(0, 256)), held_out.take(slice(0, 40))
+    monkeypatch.setattr("diffusion_book.flower_recipes.flowers_data", lambda config: parts)
+    config = replace(TINY, precision="auto", steps=2, match_contrast=False, epochs=2)
+    options = {"log_every": 3, "grids": 2, "early_stop": EarlyStop(1, "noise_l1")}
+    trained = flowers_training(config, RandomStreams(0), tmp_path, progress=False, **options)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4, 6, 8] and trained.card["sampler"]["precision"] == "auto"
+    assert [path.name for path in (tmp_path / "grids").iterdir()] == ["epoch_0002.png"]
+    assert list((tmp_path / "best").glob("step_*"))

@@ -84,18 +84,29 @@ def test_the_reasons_follow_from_what_was_seen(tmp_path):
     assert f"the checkpoints in {tmp_path} are from before, the last good one is step_000000006.safetensors" in told
 
 
+def test_weights_that_broke_while_the_loss_was_fine_are_found_before_they_are_saved():
+    guard, weights = NanGuard(), [torch.ones(3), torch.ones(2, 2)]
+    assert guard.note(step(7, 0.25, None)) is None
+    assert guard.inspect(weights) is None
+    weights[1][0, 1] = math.nan
+    found = guard.inspect(weights)
+    assert (found.step, found.what, found.before) == (7, "sum of the weights", [0.25]) and math.isnan(found.value)
+    assert "the sum of the weights of epoch 1 is nan" in found.told(1, None, None)
+    assert NanGuard().inspect(weights) is None  # no step of this guard has moved them
+
+
 # No better
 
 
 @pytest.mark.parametrize(
     ("losses", "patience", "ends"),
-    [([3, 2, 1, 0], 1, None), ([3, 2, 2.5], 1, 3), ([3, 2, 2.5, 2.6], 2, 4), ([3, 2, 2.5, 1.9, 2, 2], 2, 6), ([1, 1, 1], 2, 3), ([1, 2], 2, None)],
+    [([3, 2, 1, 0], 1, None), ([3, 2, 2.5], 1, 3), ([3, 2, 2.5, 2.6], 2, 4), ([3, 2, 2.5, 1.9, 2, 2], 2, 6), ([1, 1, 1], 2, 3), ([1, 2], 2, None), ([3, math.nan, 2, 2], 2, None), ([math.nan, 2, 3], 1, 3)],
 )  # fmt: skip
 def test_it_ends_so_many_epochs_after_the_best(losses, patience, ends):
     rows, stop = [{"a": loss} for loss in losses], EarlyStop(patience, "a")
     over = [n for n in range(len(rows) + 1) if stop.over(rows[:n])]
     assert (over[0] if over else None) == ends
-    assert stop.best(rows) == losses.index(min(losses))
+    assert stop.best(rows) == losses.index(min(loss for loss in losses if not math.isnan(loss)))
 
 
 def test_what_cannot_be_watched_is_refused():

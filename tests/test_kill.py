@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,25 @@ from diffusion_book.train import warmup_cosine
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 EPOCHS, PER_EPOCH = 12, 10
+KINDS = ("while it computes", "before the file is on the disk", "before it gets its name")
 
 
 class Little(torch.nn.Module):
+    """One convolution, and dropout, which draws from the hidden generator."""
+
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(0.1 * torch.randn(1, 1, 3, 3, generator=generator))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.conv2d(x, self.weight, padding=1)
+        hidden = torch.nn.functional.dropout(x, 0.1, self.training)
+        return torch.nn.functional.conv2d(hidden, self.weight, padding=1)
 
 
 def whole_run(folder: Path, on_step: Any = None) -> tuple[Any, Any, list[dict[str, Any]]]:
     """Train from wherever the folder stands to the end."""
     torch.set_num_threads(1)
+    torch.manual_seed(3)
     streams = RandomStreams(0)
     model = Little(streams.initialisation)
     diffusion = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(50)))
@@ -63,28 +70,21 @@ def whole_run(folder: Path, on_step: Any = None) -> tuple[Any, Any, list[dict[st
     return model, ema, history
 
 
-def killed_run(folder: Path, kind: str, moment: float) -> None:
-    """A process that kills itself: after some milliseconds of training, or inside its n-th write."""
-    kill, writes = (lambda *_: os.kill(os.getpid(), signal.SIGKILL)), {"n": 0}
-    if kind == "time":
+def killed_run(folder: Path, kind: str, step: int, delay: float) -> None:
+    """A process that kills itself, some time after a step or in the first write after it."""
 
-        def begin(_: Any) -> None:
-            if not writes["n"]:
-                writes["n"] = 1
-                threading.Timer(moment, kill).start()
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        whole_run(folder, begin)
-    else:
-        before = {"fsync": os.fsync, "replace": os.replace}[kind]
+    def on_step(done: Any) -> None:
+        if done.step != step:
+            return
+        if kind == KINDS[0]:
+            threading.Timer(delay, kill).start()
+        else:
+            setattr(os, {KINDS[1]: "fsync", KINDS[2]: "replace"}[kind], kill)
 
-        def dying(*given: Any) -> None:
-            writes["n"] += 1
-            if writes["n"] >= moment:
-                kill()
-            before(*given)
-
-        setattr(os, kind, dying)
-        whole_run(folder)
+    whole_run(folder, on_step)
 
 
 @pytest.fixture(scope="module")
@@ -100,49 +100,96 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in found]
 
 
-def test_killed_ten_times_it_ends_bit_equal(tmp_path: Path, processes: Any) -> None:
+def check_equal(folder: Path, undisturbed: Path) -> None:
+    """Finish the run in one folder: bit for bit what the other one holds."""
+    model, ema, history = whole_run(folder)
+    other, average, expected = whole_run(undisturbed)  # it is over: only read
+    assert torch.equal(model.weight, other.weight) and torch.equal(ema.module.weight, average.module.weight)
+    assert [row["loss"] for row in history] == [row["loss"] for row in expected]
+    assert rows(folder) == rows(undisturbed)
+    assert latest(folder / "best").name == latest(undisturbed / "best").name  # type: ignore[union-attr]
+    assert not list(folder.rglob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    whole_run(folder)
+    assert load_checkpoint(folder)["step"] == EPOCHS * PER_EPOCH
+    return folder
+
+
+def test_killed_ten_times_it_ends_bit_equal(tmp_path: Path, processes: Any, undisturbed: Path) -> None:
     seed = random.randrange(10**6)
     print(f"seed of the moments: {seed}")
     chance = random.Random(seed)
-    model, ema, history = whole_run(tmp_path / "whole")
-    moments: list[tuple[str, float]] = [("time", chance.uniform(0, 0.08)) for _ in range(6)]
-    moments += [(kind, chance.randint(1, 6)) for kind in ("fsync", "replace") for _ in range(2)]
-    chance.shuffle(moments)
-    folder, reached = tmp_path / "cut", [0]
-    for kind, moment in moments:
-        process = processes.Process(target=killed_run, args=(folder, kind, moment))
+    kinds = [*KINDS, *(chance.choice(KINDS) for _ in range(7))]
+    chance.shuffle(kinds)
+    reached = [0]
+    for i, kind in enumerate(kinds):  # a moment in each tenth of the run, which the last one has not passed
+        step, delay = chance.randint(12 * i + 1, 12 * i + 8), chance.uniform(0, 0.01)
+        process = processes.Process(target=killed_run, args=(tmp_path, kind, step, delay))
         process.start()
         process.join()
-        found = latest(folder)
-        reached.append(load_checkpoint(folder)["step"] if found else 0)
-        print(f"{kind} {moment:.3g}: exit {process.exitcode}, step {reached[-1]}")
-        assert process.exitcode == -signal.SIGKILL or reached[-1] == EPOCHS * PER_EPOCH
-    assert reached == sorted(reached)
-    again, averaged, resumed = whole_run(folder)
-    assert torch.equal(again.weight, model.weight) and torch.equal(averaged.module.weight, ema.module.weight)
-    assert [row["loss"] for row in resumed] == [row["loss"] for row in history]
-    assert rows(folder) == rows(tmp_path / "whole")
-    assert latest(folder / "best").name == latest(tmp_path / "whole" / "best").name
-    assert not list(folder.glob(".*.part"))
+        found = latest(tmp_path)
+        reached.append(load_checkpoint(found)["step"] if found else 0)
+        print(f"killed {kind}, after step {step}: the last checkpoint is of step {reached[-1]}")
+        assert process.exitcode == -signal.SIGKILL
+    assert reached == sorted(reached) and 100 < reached[-1] < EPOCHS * PER_EPOCH
+    check_equal(tmp_path, undisturbed)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_usable_and_says_so(tmp_path: Path, monkeypatch: Any) -> None:
-    model, _, history = whole_run(tmp_path / "whole")
-    real, writes = os.fsync, {"n": 0}
+# A disk that is full
 
-    def full(descriptor: int) -> None:
-        writes["n"] += 1
-        if writes["n"] == 9:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device; not written, what was there before is untouched"):
-        whole_run(tmp_path / "full")
+def fail_at(n: int, real: Callable[[int], None], writes: dict[str, int], descriptor: int) -> None:
+    writes["n"] += 1
+    if writes["n"] == n:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real(descriptor)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 20])
+def test_a_full_disk_leaves_the_last_checkpoint_usable_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path, n: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", partial(fail_at, n, os.fsync, {"n": 0}))
+    with pytest.raises(
+        OSError, match=r"No space left on device; not written, what was there .* is untouched"
+    ) as caught:
+        whole_run(tmp_path)
     monkeypatch.undo()
-    kept = load_checkpoint(tmp_path / "full")
-    assert 0 < kept["step"] < EPOCHS * PER_EPOCH
-    again, _, resumed = whole_run(tmp_path / "full")
-    assert torch.equal(again.weight, model.weight)
-    assert [row["loss"] for row in resumed] == [row["loss"] for row in history]
-    assert rows(tmp_path / "full") == rows(tmp_path / "whole")
+    if n == 1:
+        assert "none was saved" in str(caught.value) and latest(tmp_path) is None
+    else:
+        kept = load_checkpoint(tmp_path)
+        assert f"the last checkpoint is {kept['path'].name}, and the same call goes on" in str(caught.value)
+        assert 0 < kept["step"] < EPOCHS * PER_EPOCH
+    check_equal(tmp_path, undisturbed)
+
+
+def limited_run(folder: Path, told: Path) -> None:
+    """No file may grow any more after step 31: what the system does, not what we make of it."""
+    import resource
+
+    def on_step(done: Any) -> None:
+        if done.step == 31:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
+
+    try:
+        whole_run(folder, on_step)
+    except OSError as error:
+        told.write_text(str(error))
+
+
+def test_files_that_cannot_grow_leave_the_last_checkpoint_usable(
+    tmp_path: Path, processes: Any, undisturbed: Path
+) -> None:
+    process = processes.Process(target=limited_run, args=(tmp_path / "run", tmp_path / "told"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    told = (tmp_path / "told").read_text()
+    assert "File too large; not written" in told and "the last checkpoint is step_000000030.safetensors" in told
+    check_equal(tmp_path / "run", undisturbed)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from diffusion_book.monitor import JsonLog, Monitor, SampleGrids, tensorboard_writer
+from diffusion_book.core import derive_seed
+from diffusion_book.monitor import JsonLog, Monitor, SampleGrids, card_grids, tensorboard_writer
 from diffusion_book.train import TrainStep
 
 
@@ -111,6 +115,18 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
     assert seen == [(str(tmp_path), 8), ("step/loss", 0.125, 8), ("step/learning_rate", 0.1, 8), ("epoch/loss", 0.5, 8)]
 
 
+def test_tensorboard_reads_what_was_written_and_hides_what_came_too_late(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, range(1, 6)), (3, range(4, 7))):  # killed after step 5, gone on from step 3
+        monitor = Monitor(None, start, tensorboard=tmp_path, log_every=1)
+        for step in steps:
+            monitor.step(done(step))
+        monitor.board.close()
+    seen = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in seen.Scalars("step/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in seen.Scalars("step/loss")] == pytest.approx([1 / step for step in range(1, 7)])
+
+
 def test_without_tensorboard_there_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.warns(UserWarning, match="TensorBoard is not installed"):
@@ -151,3 +167,31 @@ def test_a_drawing_that_fails_gives_the_mode_back(tmp_path):
     with pytest.raises(ZeroDivisionError):
         SampleGrids(net, lambda *_: 1 / 0, (1, 1, 8, 8), tmp_path)(1)
     assert net.training
+
+
+@dataclass
+class Drawer:
+    """What a grid asks of a trained network: its sampler makes two moves, and denormalises from [-1, 1]."""
+
+    model: nn.Module
+    card: dict
+
+    def sampler(self, noise, generator):
+        assert not self.model.training
+        for _ in range(2):
+            yield SimpleNamespace(x=self.model.gain * noise)
+
+    def denormalise(self, x):
+        return (x / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("average", [None, 0.25])
+def test_grids_of_a_card_show_the_last_move_of_its_sampler(tmp_path, average):
+    trained, other = Drawer(Net(), {"data": {"shape": [1, 8, 8]}}), Net()
+    other.gain.data.fill_(average or 1.0)
+    grids = card_grids(trained, tmp_path, 3, model=None if average is None else other, n=4, columns=2)
+    assert grids(2) is None
+    found = np.asarray(Image.open(grids(3)).convert("L"))
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(derive_seed(0, "grid")))
+    expected = ((average or 0.5) * noise[3, 0]).clamp(-1, 1) * 127.5 + 127.5
+    assert np.abs(found[10:18, 10:18] - expected.numpy()).max() <= 1

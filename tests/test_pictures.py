@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
+from diffusion_book.guards import EarlyStop
 from diffusion_book.pictures import (
     PICTURE_RECIPES,
     PicturesConfig,
@@ -141,3 +143,13 @@ def test_labels_change_what_is_learnt():
     labels = [run.model.label.weight for run in runs]
     assert not torch.equal(*labels)  # hidden from the start, the second table was never touched but by decay
     assert asdict(TINY)["label_drop"] == 0.1 and isinstance(TINY, PicturesConfig)
+
+
+def test_what_fit_takes_is_handed_through(tmp_path, folder):
+    config = replace(TINY, data=folder, label_drop=None, batch_size=9, epochs=2, precision="auto", steps=2)
+    options = {"log_every": 2, "grids": 1, "early_stop": EarlyStop(5)}
+    trained = pictures_training(config, RandomStreams(0), tmp_path / "run", False, **options)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 6] and trained.card["sampler"]["precision"] == "auto"
+    assert len(list((tmp_path / "run" / "grids").glob("epoch_000[12].png"))) == 2
+    assert list((tmp_path / "run" / "best").glob("step_*"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from diffusion_book.schedule import DiscreteSchedule, cosine_beta_schedule
 from diffusion_book.unet import UNet
 
 torch.set_num_threads(1)
-folder, out = sys.argv[1:3]
+folder, out, epochs = sys.argv[1:4]
 rank = Processes.join().rank
 streams = RandomStreams(0)
 diffusion = GaussianDiffusion(DiscreteSchedule(cosine_beta_schedule(100)), "v")
@@ -53,7 +55,7 @@ def validate():
     return {"score": float(len(curve))}
 
 
-options = {"batch_size": 16, "epochs": 2, "max_norm": 1.0, "ema": EMA(model), "validate": validate}
+options = {"batch_size": 16, "epochs": int(epochs), "max_norm": 1.0, "ema": EMA(model), "validate": validate}
 options |= {"on_step": lambda done: curve.append((float(done.loss), float(done.gradient_norm)))}
 history = fit(model, loss, images, optimizer, streams, folder=folder, log_every=10, **options)
 weights = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -79,49 +81,59 @@ def launched(script: Path, count: int, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same training in one process and in two: what each process saw."""
+    """The same training in one process, in two, and begun by two and ended by one: what each process saw."""
     home = tmp_path_factory.mktemp("processes")
     script = home / "training.py"
     script.write_text(TRAINING)
     found = {}
-    for count in (1, 2):
-        text = launched(script, count, str(home / f"runs{count}"), str(home / f"out{count}"))
+    for name, count, epochs in (("one", 1, 3), ("two", 2, 2), ("mixed", 1, 3)):
+        if name == "mixed":
+            shutil.copytree(home / "two", home / name)
+        text = launched(script, count, str(home / name), str(home / f"out-{name}"), str(epochs))
         assert text.count(f"count {count}") == count
-        found[count] = [json.loads((home / f"out{count}.{rank}").read_text()) for rank in range(count)]
+        found[name] = [json.loads((home / f"out-{name}.{rank}").read_text()) for rank in range(count)]
     return home, found
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo and torchrun as on Linux")
 def test_two_processes_follow_the_curve_of_one(runs):
     _, found = runs
-    (one,), two = found[1], found[2]
-    assert len(one["curve"]) == 50
-    worst = max(abs(a[0] - b[0]) for a, b in zip(one["curve"], two[0]["curve"], strict=True))
+    (one,), (first, _) = found["one"], found["two"]
+    assert len(first["curve"]) == 50
+    pairs = list(zip(one["curve"][:50], first["curve"], strict=True))
+    worst = max(abs(a[0] - b[0]) for a, b in pairs)
     print(f"largest difference of the losses in 50 steps: {worst:.1e}")
     assert worst < 1e-4
-    assert all(a[1] == pytest.approx(b[1], rel=1e-3) for a, b in zip(one["curve"], two[0]["curve"], strict=True))
+    assert all(a[1] == pytest.approx(b[1], rel=1e-3) for a, b in pairs)
     assert max(loss for loss, _ in one["curve"]) - min(loss for loss, _ in one["curve"]) > 0.1, "a curve, not a line"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo and torchrun as on Linux")
 def test_both_end_with_the_same_weights_rows_and_streams(runs):
     _, found = runs
-    first, second = found[2]
+    first, second = found["two"]
     for name in ("curve", "history", "weights", "noise"):
         assert first[name] == second[name]
-    assert first["noise"] == found[1][0]["noise"]
     assert first["calls"] == [0, 0] and second["calls"] == []
     assert first["history"][-1]["score"] == 50.0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo and torchrun as on Linux")
+def test_what_two_began_one_can_end(runs):
+    _, found = runs
+    (one,), (mixed,) = found["one"], found["mixed"]
+    assert len(mixed["curve"]) == 25 and mixed["noise"] == one["noise"]
+    assert [loss for loss, _ in mixed["curve"]] == pytest.approx([loss for loss, _ in one["curve"][50:]], abs=1e-4)
+    assert mixed["history"][:2] == found["two"][0]["history"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="gloo and torchrun as on Linux")
 def test_only_the_first_writes(runs):
     home, _ = runs
-    rows = [json.loads(line) for line in (home / "runs2" / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (home / "two" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 20, 25, 30, 40, 50, 50]
-    assert sorted(path.name for path in (home / "runs2").iterdir()) == sorted(
-        path.name for path in (home / "runs1").iterdir()
-    )
+    names = ["log.jsonl", "step_000000025.safetensors", "step_000000050.safetensors"]
+    assert sorted(path.name for path in (home / "two").iterdir()) == names
 
 
 # Draws
@@ -137,6 +149,8 @@ def test_only_the_first_writes(runs):
         lambda n, g: torch.randn(torch.Size([n, 2]), generator=g),
         lambda n, g: torch.randint(1, 101, (n,), generator=g),
         lambda n, g: torch.randint(7, (n, 2), generator=g),
+        lambda n, g: torch.randint(1, 9, size=(n,), generator=g),
+        lambda n, g: torch.randn(size=(n, 2), generator=g),
         lambda n, g: core.randn_like(torch.zeros(n, 2), g),
     ],
 )
@@ -155,7 +169,7 @@ def test_other_draws_are_left_alone():
     own, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     with GlobalDraws(own, 4, 1, 2):
         assert torch.rand(4, generator=other).shape == (4,)
-        assert torch.rand((), generator=own).shape == () and torch.rand(3, 4, generator=own).shape == (3, 4)
+        assert torch.rand((), generator=own).shape == ()
         assert torch.rand(4).shape == (4,)
     plain = torch.Generator().manual_seed(0)
     torch.rand(4, generator=plain)
@@ -171,6 +185,13 @@ def test_a_draw_that_cannot_be_divided_is_refused(draw):
         draw(own)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (8,), (1,), (2, 4)])
+def test_a_draw_that_does_not_begin_with_the_rows_is_refused(shape):
+    own = torch.Generator()
+    with GlobalDraws(own, 4, 0, 2), pytest.raises(NotImplementedError, match="begins with the 4 rows of the batch"):
+        torch.rand(shape, generator=own)
+
+
 # One alone, and what is refused
 
 
@@ -180,10 +201,31 @@ def test_one_process_is_left_as_it_is(monkeypatch):
     assert alone == Processes(0, 1) and not torch.distributed.is_initialized()
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    alone.prepare(net)
+    assert alone.prepare(net) is alone
     assert type(net[1]) is torch.nn.BatchNorm2d
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert alone.average(net, torch.tensor(2.0)).tolist() == [2.0]
+
+
+class OnGpu(torch.nn.Sequential):
+    """Says that its weights lie on a GPU."""
+
+    def parameters(self, recurse=True):
+        return iter([SimpleNamespace(is_cuda=True)])
+
+
+def test_on_gpus_batches_are_normalised_over_all_processes(monkeypatch):
+    told = []
+    monkeypatch.setattr("diffusion_book.processes.dist.broadcast", lambda tensor, source: told.append((tensor, source)))
+    inner = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.GroupNorm(1, 2))
+    net = OnGpu(torch.nn.Conv2d(1, 2, 3), inner)
+    weight, keys = inner[0].weight, list(net.state_dict())
+    inner[0].running_mean.fill_(3)
+    Processes(1, 2).prepare(net)
+    assert type(inner[0]) is torch.nn.SyncBatchNorm and type(inner[1]) is torch.nn.GroupNorm
+    assert inner[0].weight is weight  # the optimizer holds it
+    assert inner[0].running_mean.tolist() == [3, 3] and list(net.state_dict()) == keys
+    assert [source for _, source in told] == [0] * len(keys)  # every weight and every buffer comes from process 0
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
