@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from .checkpoint import latest
 from .commands import run_evaluate, run_params, run_sample, run_train
+from .core import environment
+from .opening import run_data
 from .plans import KINDS, WORDS
-from .shelf import run_data
-from .words import WordError, choose, nearest
+from .words import WordError, choose, nearest, understood
 
 # %% auto #0
 __all__ = ['main']
@@ -65,7 +66,7 @@ _RUN: dict[str, Callable[[argparse.Namespace], None]] = {
     "data": run_data,
 }
 
-# %% ../nbs/A4_cli.ipynb #807106f1
+
 class _Parser(argparse.ArgumentParser):
     """Errors are raised, not printed; and no option may be abbreviated."""
 
@@ -91,7 +92,7 @@ def _verb(verbs: Any, name: str) -> argparse.ArgumentParser:
         sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     return sub
 
-# %% ../nbs/A4_cli.ipynb #50b839a3
+
 def _parser() -> argparse.ArgumentParser:
     about = "Train, sample and judge the networks of Diffusion Book."
     parser = _Parser("diffusion-book", description=about, epilog="`diffusion-book VERB --help` shows examples.")
@@ -125,7 +126,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         option = unknown[0].partition("=")[0]
         options = ["--recipe", "--preset", "--seed", "--out", "--set", "--n", "--labels", "--columns", "--help"]
-        fields = [name for kind in KINDS.values() for name in kind.settings.__dataclass_fields__]
+        fields = [name for kind in KINDS.values() for name in get_type_hints(kind.settings)]
         meant = f": did you mean --set {option[2:]}=...?" if option[2:] in fields else nearest(option, options)
         raise WordError(f"unknown words {' '.join(unknown)!r}{meant}")
     given.bar, given.folder = sys.stderr.isatty(), None
@@ -151,45 +152,54 @@ def _stopped(given: argparse.Namespace, words: Sequence[str]) -> str:
     return f"stopped, saved up to step {int(newest.stem.partition('_')[2])}; go on with: {command}"
 
 # %% ../nbs/A4_cli.ipynb #c36eb61c
+def _say(text: str) -> None:
+    """To standard error, if anybody listens."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _told_plainly() -> Iterator[None]:
     """Warnings in one line each."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda text, *_: print(
-            f"diffusion-book: warning: {_line(Warning(text))}", file=sys.stderr
-        )
+        warnings.showwarning = lambda text, *_: _say(f"diffusion-book: warning: {_line(Warning(text))}")
         yield
 
 
-def _silence() -> None:
-    """Where nobody reads the output any more, Python shall not complain at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _hang_up() -> None:
+    """Where nobody reads any more, what is left goes nowhere: Python would complain about it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 # %% ../nbs/A4_cli.ipynb #b02d4d58
 def main(words: Sequence[str] | None = None) -> int:  # the exit code
-    """Run one command: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    """Run one command: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C, 141 nobody reads the output."""
     words = sys.argv[1:] if words is None else list(words)
     name = " ".join(["diffusion-book", *(word for word in words[:1] if word in _RUN)])
     given = argparse.Namespace(verb="", folder=None)
     try:
         given = _parsed(words)
         with _told_plainly():
+            understood(environment)  # DIFFUSION_BOOK_DEVICE and DIFFUSION_BOOK_PRESET are words too
             _RUN[given.verb](given)
         sys.stdout.flush()
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except WordError as error:
-        print(f"{name}: {_line(error)} (see {name} --help)", file=sys.stderr)
+        _say(f"{name}: {_line(error)} (see {name} --help)")
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: {_stopped(given, words)}", file=sys.stderr)
+        _say(f"{name}: {_stopped(given, words)}")
         return 130
+    except BrokenPipeError:  # as in `diffusion-book params mnist-unet | head -1`: somebody has seen enough
+        return 141
     except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"{name}: {_line(error)}", file=sys.stderr)
-        _silence()
+        _say(f"{name}: {_line(error)}")
         return 1
+    finally:
+        _hang_up()
     return 0

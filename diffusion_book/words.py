@@ -175,5 +175,5 @@ def understood(
     """Errors of a construction told as errors of the words that asked for it. WordError."""
     try:
         return make()
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError) as error:
         raise WordError(f"{before}{error}") from error
