@@ -58,13 +58,8 @@ examples:
 }
 
 # %% ../nbs/A4_cli.ipynb #9528ff87
-_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
-    "train": run_train,
-    "sample": run_sample,
-    "evaluate": run_evaluate,
-    "params": run_params,
-    "data": run_data,
-}
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"train": run_train, "sample": run_sample}
+_RUN |= {"evaluate": run_evaluate, "params": run_params, "data": run_data}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = dict.fromkeys(name for kind in KINDS.values() for name in kind.recipes)
     train.add_argument("what", help=f"one of {', '.join(known)}")
     train.add_argument("--recipe", help=f"one of {', '.join(recipes)}; each kind of data has some of them")
-    train.add_argument("--preset", default="published", help="tiny, quick, full or published (if not given)")
+    train.add_argument("--preset", default="published", help="tiny or quick: embedded data; full; published (default)")
     train.add_argument("--out", metavar="FOLDER", help="runs/NAME-RECIPE-SEED if not given")
     for sub in (sample, judge):
         sub.add_argument("weights", help="a name, such as mnist-unet, or the folder of a run")
@@ -184,7 +179,7 @@ def main(words: Sequence[str] | None = None) -> int:  # the exit code
     try:
         given = _parsed(words)
         with _told_plainly():
-            understood(environment)  # DIFFUSION_BOOK_DEVICE and DIFFUSION_BOOK_PRESET are words too
+            understood(environment, "DIFFUSION_BOOK_DEVICE and _PRESET: ")  # words too, said elsewhere
             _RUN[given.verb](given)
         sys.stdout.flush()
     except SystemExit as stop:  # --help

@@ -69,9 +69,9 @@ def run_train(given: Namespace) -> None:  # what, recipe, preset, seed, out, set
         print(f"{folder}/weights.safetensors: {json.dumps(last)}")
 
 # %% ../nbs/A4_6_commands.ipynb #710e76d9
-_SHARED = {"steps": int, "clip": tuple[float, float] | None, "gain": float | None, "precision": str}
-_GUIDED = {"scale": float | None, "interval": tuple[float, float] | None, "rescale": float | None}
-_OWN = {"ddpm": {"variance": str}, "ddim": {"eta": float, "spacing": str}}
+_SHARED: dict[str, Any] = {"steps": int, "clip": tuple[float, float] | None, "gain": float | None, "precision": str}
+_GUIDED: dict[str, Any] = {"scale": float | None, "interval": tuple[float, float] | None, "rescale": float | None}
+_OWN: dict[str, dict[str, Any]] = {"ddpm": {"variance": str}, "ddim": {"eta": float, "spacing": str}}
 
 
 def sampler_changes(
@@ -83,9 +83,7 @@ def sampler_changes(
     if "sampler" in changes:
         changes["name"] = changes.pop("sampler")
     name = choose("--set sampler", str(changes.get("name", network.card["sampler"]["name"])), _OWN)
-    known: dict[str, Any] = (
-        {"name": str, "sampler": str, "labels": int | tuple[int, ...]} | _SHARED | _GUIDED | _OWN[name]
-    )
+    known = {"name": str, "sampler": str, "labels": int | tuple[int, ...]} | _SHARED | _GUIDED | _OWN[name]
     fitted = checked(known, changes)
     labels = fitted.pop("labels", None)
     blank = torch.zeros(1, *network.card["data"]["shape"])

@@ -31,7 +31,10 @@ __all__ = ['KINDS', 'WORDS', 'Kind', 'Plan', 'plan']
 _TRAINING_IMAGES = {"digits": 1298, "mnist": 54_000, "flowers102": 6_551, "petals": 6_000, "cifar10": 50_000}
 
 
-def _stand_in(size: int) -> Images:
+_STAND_INS = {"mnist": "digits", "flowers102": "petals", "cifar10": "petals"}  # embedded, for tiny and quick
+
+
+def _blank(size: int) -> Images:
     blank, names = torch.zeros(1, 3, size, size, dtype=torch.uint8), tuple("0123456789")
     return Images(blank, torch.zeros(1, dtype=torch.int64), names, *torch.full((2, 3), 0.5))
 
@@ -63,11 +66,11 @@ KINDS = {
     ),
     "flowers": Kind(
         FlowersConfig, (*FLOWER_RECIPES,), flowers_config,
-        flowers_training, lambda c: flowers_card(c, 0, _stand_in(c.size)), ("flowers102", "petals"),
+        flowers_training, lambda c: flowers_card(c, 0, _blank(c.size)), ("flowers102", "petals"),
     ),
     "pictures": Kind(
         PicturesConfig, (*PICTURE_RECIPES,), pictures_config,
-        pictures_training, lambda c: pictures_card(c, 0, _stand_in(c.size)), (*_TRAINING_IMAGES,),
+        pictures_training, lambda c: pictures_card(c, 0, _blank(c.size)), (*_TRAINING_IMAGES,),
     ),
 }  # fmt: skip
 
@@ -156,9 +159,11 @@ def plan(
     changes: Mapping[str, Any] | None = None,  # settings that differ, such as {"epochs": 5}
 ) -> Plan:
     """A training from words. WordError for words and values that do not fit, FileNotFoundError for a missing folder."""
-    key, data, recipe = _chosen(what, recipe)
-    kind, changes = KINDS[key], dict(changes or {})
     choose("--preset", preset, ("tiny", "quick", "full", "published"))
+    key, data, recipe = _chosen(what, recipe)
+    kind, changes, (word, _, path_text) = KINDS[key], dict(changes or {}), what.partition(":")
+    if preset in ("tiny", "quick") and data in _STAND_INS:
+        data = word = _STAND_INS[data]
     if seed < 0:
         raise WordError(f"--seed must be a whole number, at least 0; got {seed}")
     folder = str(changes.get("data", data))
@@ -173,6 +178,5 @@ def plan(
     if config.batch_size > images:
         raise WordError(f"--set batch_size must lie in 1..{images} (the training data); got {config.batch_size}")
     understood(lambda: _try_out(kind, config), "--set: ")
-    word, _, path_text = what.partition(":")
     stem = Path(path_text).expanduser().resolve().name if path_text else word.removesuffix("-guided")
     return Plan(kind, f"{stem}-{recipe}-{seed}", config, seed)
