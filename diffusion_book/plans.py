@@ -139,6 +139,15 @@ class Plan:
         return self.kind.run(self.config, RandomStreams(self.seed), folder / "checkpoints", progress)
 
 # %% ../nbs/A4_5_plans.ipynb #7a66e51b
+def _look_into(folder: Path) -> None:
+    """FileNotFoundError where there is no folder, PermissionError where it may not be read."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder of pictures" if folder.exists() else f"there is no folder {folder}"
+        )
+    next(folder.iterdir(), None)
+
+
 def _try_out(kind: Kind, config: Any) -> None:
     """Build what the settings describe and call it once, on nothing."""
     card = kind.card(config) if kind.card is not None else None
@@ -169,10 +178,8 @@ def plan(
     folder = str(changes.get("data", data))
     known = {} if folder.startswith("folder:") else {"data": kind.data}
     fitted = checked(kind.settings, ({} if data is None else {"data": data}) | changes, known)
-    if folder.startswith("folder:") and not (path := Path(folder.partition(":")[2]).expanduser()).is_dir():
-        raise FileNotFoundError(
-            f"{path} is not a folder of pictures" if path.exists() else f"there is no folder {path}"
-        )
+    if folder.startswith("folder:"):
+        _look_into(Path(folder.partition(":")[2]).expanduser())
     config = understood(lambda: kind.configure(recipe, preset, **fitted), "--set: ")
     images = getattr(config, "points", _TRAINING_IMAGES.get(getattr(config, "data", ""), sys.maxsize))
     if config.batch_size > images:
