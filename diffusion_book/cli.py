@@ -87,7 +87,7 @@ def _verb(verbs: Any, name: str) -> argparse.ArgumentParser:
         sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     return sub
 
-
+# %% ../nbs/A4_cli.ipynb #4413b7ef
 def _parser() -> argparse.ArgumentParser:
     about = "Train, sample and judge the networks of Diffusion Book."
     parser = _Parser("diffusion-book", description=about, epilog="`diffusion-book VERB --help` shows examples.")

@@ -60,7 +60,7 @@ def _spiral_run(
     options: dict[str, Any] = {"per_epoch": max(1, config.steps // 10), "processes": processes, "lines": lines}
     return Run(folder, {"seed": streams.seed, **asdict(config)}, parts, **options), order
 
-
+# %% ../nbs/A4_4_small_runs.ipynb #0ed00635
 def trained_spiral(
     config: SpiralConfig,
     streams: RandomStreams,  # weights, data and noise come from here
