@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -48,11 +49,9 @@ examples:
     "params": """list the parameters of a recipe or of trained weights
 examples:
   diffusion-book params mnist-unet                             weights in the library
-  diffusion-book params video                                  a recipe, not trained
-  diffusion-book params runs/mnist-ours-0                      a run of yours""",
+  diffusion-book params video                                  a recipe, not trained""",
     "data": """list, fetch or verify data sets
 examples:
-  diffusion-book data                                          which are here, and how large
   diffusion-book data download flowers102                      fetch what is missing
   diffusion-book data verify mnist                             compare with what was published, fetch nothing""",
 }
@@ -83,8 +82,7 @@ def _verb(verbs: Any, name: str) -> argparse.ArgumentParser:
     sub = verbs.add_parser(name, help=about, **options)
     if name in ("train", "sample", "evaluate"):
         sub.add_argument("--seed", type=_whole, default=0, help="the same seed gives the same result; 0 if not given")
-        text = "change single settings, such as steps=50"
-        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as steps=50")
     return sub
 
 # %% ../nbs/A4_cli.ipynb #4413b7ef
@@ -138,6 +136,8 @@ def _line(error: BaseException) -> str:
 
 def _stopped(given: argparse.Namespace, words: Sequence[str]) -> str:
     """What is left after Ctrl-C, and how to go on."""
+    if list(words) == sys.argv[1:]:  # this is the program, and it ends: one more Ctrl-C changes nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if given.verb != "train":
         return "stopped, nothing was written"
     command = shlex.join(["diffusion-book", *words])
