@@ -8,18 +8,20 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from .checkpoint import latest
 from .commands import run_evaluate, run_params, run_sample, run_train
+from .core import environment
+from .opening import run_data
 from .plans import KINDS, WORDS
-from .shelf import run_data
-from .words import WordError, choose, nearest
+from .words import WordError, choose, nearest, understood
 
 # %% auto #0
 __all__ = ['main']
@@ -47,25 +49,18 @@ examples:
     "params": """list the parameters of a recipe or of trained weights
 examples:
   diffusion-book params mnist-unet                             weights in the library
-  diffusion-book params video                                  a recipe, not trained
-  diffusion-book params runs/mnist-ours-0                      a run of yours""",
+  diffusion-book params video                                  a recipe, not trained""",
     "data": """list, fetch or verify data sets
 examples:
-  diffusion-book data                                          which are here, and how large
   diffusion-book data download flowers102                      fetch what is missing
   diffusion-book data verify mnist                             compare with what was published, fetch nothing""",
 }
 
 # %% ../nbs/A4_cli.ipynb #9528ff87
-_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
-    "train": run_train,
-    "sample": run_sample,
-    "evaluate": run_evaluate,
-    "params": run_params,
-    "data": run_data,
-}
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {"train": run_train, "sample": run_sample}
+_RUN |= {"evaluate": run_evaluate, "params": run_params, "data": run_data}
 
-# %% ../nbs/A4_cli.ipynb #807106f1
+
 class _Parser(argparse.ArgumentParser):
     """Errors are raised, not printed; and no option may be abbreviated."""
 
@@ -87,11 +82,10 @@ def _verb(verbs: Any, name: str) -> argparse.ArgumentParser:
     sub = verbs.add_parser(name, help=about, **options)
     if name in ("train", "sample", "evaluate"):
         sub.add_argument("--seed", type=_whole, default=0, help="the same seed gives the same result; 0 if not given")
-        text = "change single settings, such as steps=50"
-        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+        sub.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as steps=50")
     return sub
 
-# %% ../nbs/A4_cli.ipynb #50b839a3
+# %% ../nbs/A4_cli.ipynb #4413b7ef
 def _parser() -> argparse.ArgumentParser:
     about = "Train, sample and judge the networks of Diffusion Book."
     parser = _Parser("diffusion-book", description=about, epilog="`diffusion-book VERB --help` shows examples.")
@@ -101,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = dict.fromkeys(name for kind in KINDS.values() for name in kind.recipes)
     train.add_argument("what", help=f"one of {', '.join(known)}")
     train.add_argument("--recipe", help=f"one of {', '.join(recipes)}; each kind of data has some of them")
-    train.add_argument("--preset", default="published", help="tiny, quick, full or published (if not given)")
+    train.add_argument("--preset", default="published", help="tiny or quick: embedded data; full; published (default)")
     train.add_argument("--out", metavar="FOLDER", help="runs/NAME-RECIPE-SEED if not given")
     for sub in (sample, judge):
         sub.add_argument("weights", help="a name, such as mnist-unet, or the folder of a run")
@@ -125,7 +119,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         option = unknown[0].partition("=")[0]
         options = ["--recipe", "--preset", "--seed", "--out", "--set", "--n", "--labels", "--columns", "--help"]
-        fields = [name for kind in KINDS.values() for name in kind.settings.__dataclass_fields__]
+        fields = [name for kind in KINDS.values() for name in get_type_hints(kind.settings)]
         meant = f": did you mean --set {option[2:]}=...?" if option[2:] in fields else nearest(option, options)
         raise WordError(f"unknown words {' '.join(unknown)!r}{meant}")
     given.bar, given.folder = sys.stderr.isatty(), None
@@ -142,6 +136,8 @@ def _line(error: BaseException) -> str:
 
 def _stopped(given: argparse.Namespace, words: Sequence[str]) -> str:
     """What is left after Ctrl-C, and how to go on."""
+    if list(words) == sys.argv[1:]:  # this is the program, and it ends: one more Ctrl-C changes nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if given.verb != "train":
         return "stopped, nothing was written"
     command = shlex.join(["diffusion-book", *words])
@@ -151,45 +147,54 @@ def _stopped(given: argparse.Namespace, words: Sequence[str]) -> str:
     return f"stopped, saved up to step {int(newest.stem.partition('_')[2])}; go on with: {command}"
 
 # %% ../nbs/A4_cli.ipynb #c36eb61c
+def _say(text: str) -> None:
+    """To standard error, if anybody listens."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _told_plainly() -> Iterator[None]:
     """Warnings in one line each."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda text, *_: print(
-            f"diffusion-book: warning: {_line(Warning(text))}", file=sys.stderr
-        )
+        warnings.showwarning = lambda text, *_: _say(f"diffusion-book: warning: {_line(Warning(text))}")
         yield
 
 
-def _silence() -> None:
-    """Where nobody reads the output any more, Python shall not complain at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _hang_up() -> None:
+    """Where nobody reads any more, what is left goes nowhere: Python would complain about it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 # %% ../nbs/A4_cli.ipynb #b02d4d58
 def main(words: Sequence[str] | None = None) -> int:  # the exit code
-    """Run one command: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C."""
+    """Run one command: 0 done, 1 failed, 2 not understood, 130 stopped by Ctrl-C, 141 nobody reads the output."""
     words = sys.argv[1:] if words is None else list(words)
     name = " ".join(["diffusion-book", *(word for word in words[:1] if word in _RUN)])
     given = argparse.Namespace(verb="", folder=None)
     try:
         given = _parsed(words)
         with _told_plainly():
+            understood(environment, "DIFFUSION_BOOK_DEVICE and _PRESET: ")  # words too, said elsewhere
             _RUN[given.verb](given)
         sys.stdout.flush()
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except WordError as error:
-        print(f"{name}: {_line(error)} (see {name} --help)", file=sys.stderr)
+        _say(f"{name}: {_line(error)} (see {name} --help)")
         return 2
     except KeyboardInterrupt:
-        print(f"{name}: {_stopped(given, words)}", file=sys.stderr)
+        _say(f"{name}: {_stopped(given, words)}")
         return 130
+    except BrokenPipeError:  # as in `diffusion-book params mnist-unet | head -1`: somebody has seen enough
+        return 141
     except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"{name}: {_line(error)}", file=sys.stderr)
-        _silence()
+        _say(f"{name}: {_line(error)}")
         return 1
+    finally:
+        _hang_up()
     return 0

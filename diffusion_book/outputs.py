@@ -52,9 +52,10 @@ def _dots(x: Tensor) -> Any:
     """Points (n, 2) as a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 4), dpi=100, layout="none")
+    figure = Figure(figsize=(4, 4), dpi=100)
+    figure.set_layout_engine("none")
     ax = figure.add_axes((0.02, 0.02, 0.96, 0.96))
-    ax.scatter(*x.T, s=3, color=COLORS["blue"])
+    ax.scatter(x[:, 0], x[:, 1], s=3, color=COLORS["blue"])
     ax.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
     return figure
 

@@ -5,8 +5,7 @@
 # %% ../nbs/A4_4_small_runs.ipynb #bd2c113e
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,11 @@ from .data import load
 from .digits import DigitsConfig, digits_data
 from .fit import fit
 from .lenet import LeNet5
-from .presets import SpiralConfig, spiral_training
+from .presets import SpiralConfig
+from .processes import Processes
+from .run import Run
 from .toy import spiral, spiral_coverage, spiral_distance, spiral_ks
+from .train import point_batches
 from .weights import Pretrained
 
 # %% auto #0
@@ -45,33 +47,38 @@ def spiral_card(config: SpiralConfig, seed: int) -> dict[str, Any]:
     }
 
 # %% ../nbs/A4_4_small_runs.ipynb #c3c20f80
+def _spiral_run(
+    config: SpiralConfig, streams: RandomStreams, model: Any, folder: str | Path | None, lines: bool
+) -> tuple[Run, Generator]:
+    """A run at its first step, or where it stopped; and a generator for the order of the points."""
+    order = Generator().set_state(streams.data.get_state())  # seeded alike in every start: the place can be found again
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=config.learning_rate, total_steps=config.steps)
+    parts = {"model": model, "optimizer": optimizer, "streams": streams}
+    parts["scheduler"] = cycle(optimizer) if config.one_cycle else None
+    (processes := Processes.join()).prepare(model)
+    options: dict[str, Any] = {"per_epoch": max(1, config.steps // 10), "processes": processes, "lines": lines}
+    return Run(folder, {"seed": streams.seed, **asdict(config)}, parts, **options), order
+
+# %% ../nbs/A4_4_small_runs.ipynb #0ed00635
 def trained_spiral(
     config: SpiralConfig,
     streams: RandomStreams,  # weights, data and noise come from here
-    folder: str | Path | None = None,  # not used: no checkpoints
-    progress: bool = True,  # show a bar
-    watch: Callable[[Mapping[str, Any]], Any] | None = None,  # is told each row of the history
+    folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
+    progress: bool = True,  # show a bar; without a terminal, a line per tenth
 ) -> Pretrained:  # its card has the history, a row per tenth
-    """Train a small network on the spiral. FloatingPointError where the loss is not finite."""
+    """Train a small network on the spiral, or finish what an interrupted call has left in the folder."""
     from tqdm.auto import tqdm  # only when something is trained: importing the library stays light
 
-    _, model, steps = spiral_training(config, streams)
-    history, losses, started, tenth = list[dict[str, Any]](), list[Tensor](), time.perf_counter(), config.steps / 10
-    for done in tqdm(steps, desc="training", total=config.steps, mininterval=1, disable=not progress):
-        losses.append(done.loss)
-        if done.step < config.steps and done.step < tenth * (len(history) + 1):
-            continue
-        row = {"epoch": len(history) + 1, "step": done.step, "loss": float(torch.stack(losses).mean())}
-        history.append(row | {"seconds": round(time.perf_counter() - started, 3)})
-        losses.clear()
-        if not torch.tensor(row["loss"]).isfinite():
-            raise FloatingPointError(f"the loss is {row['loss']} at step {done.step}: lower the learning rate")
-        if watch is not None:
-            watch(history[-1])
-    trained = Pretrained.fresh(spiral_card(config, streams.seed))
-    trained.model.load_state_dict(model.state_dict())
+    trained = Pretrained.fresh(spiral_card(config, streams.seed), streams.initialisation)
+    trained.model.to(device())
+    points, bar = spiral(config.points, streams.data).to(device()), progress and sys.stderr.isatty()
+    run, order = _spiral_run(config, streams, trained.model, folder, progress and not bar)
+    batches = ((x,) for x in point_batches(points, config.batch_size, order, config.steps, run.step))
+    steps = run.steps(lambda net, x: trained.diffusion.loss(net, x[0], generator=streams.noise), batches)
+    shown = tqdm(steps, desc="training", initial=run.step, total=config.steps, mininterval=1, disable=not bar)
+    trained.card |= {"history": run.follow(iter(shown)), "environment": environment()}
     trained.model.eval()
-    trained.card |= {"history": history, "environment": environment()}
     return trained
 
 # %% ../nbs/A4_4_small_runs.ipynb #b482ec09
@@ -143,8 +150,7 @@ def lenet_training(
     config: LenetConfig,
     streams: RandomStreams,  # weights come from here, the order of the images from its seed
     folder: str | Path | None = None,  # for checkpoints; a run that lies there goes on
-    progress: bool = True,  # show a bar
-    watch: Callable[[Any], Any] | None = None,  # called after each epoch, for a look
+    progress: bool = True,  # show a bar; without a terminal, a line per epoch
 ) -> Pretrained:  # without a diffusion: it reads; its card has the history and the accuracies
     """Train a LeNet to read digits, or finish what an interrupted call has left in the folder."""
     train, held_out = (images.to(device()) for images in digits_data(DigitsConfig(data=config.data)))
@@ -154,8 +160,6 @@ def lenet_training(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def validate() -> dict[str, float]:
-        if watch is not None:
-            watch(model)
         return {"validation_accuracy": _share_read(model, held_out.normalise(held_out.images), held_out.labels)}
 
     options: dict[str, Any] = {"batch_size": config.batch_size, "epochs": config.epochs, "scheduler": scheduler}

@@ -101,8 +101,9 @@ def _fitted(value: Any, hint: Any) -> Any:
         hints = [inside[0]] * len(value) if isinstance(value, tuple) and ... in inside else list(inside)
         if isinstance(value, tuple) and len(hints) == len(value):
             return tuple(_fitted(one, part) for one, part in zip(value, hints, strict=True))
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
+    elif hint is float:
+        if type(value) in (int, float) and math.isfinite(value):  # 1e999 is infinite; 400 digits are an OverflowError
+            return float(value)
     elif type(value) is hint:
         return value
     raise TypeError
@@ -151,7 +152,7 @@ def checked(
         choose("--set: the key", key, hints)
         try:
             fitted[key] = _fitted(value, hints[key])
-        except TypeError:
+        except (OverflowError, TypeError):
             raise WordError(f"--set {key} must be {_kind(hints[key])}; got {_shown(value)}") from None
         if value is None:
             continue
@@ -175,5 +176,5 @@ def understood(
     """Errors of a construction told as errors of the words that asked for it. WordError."""
     try:
         return make()
-    except (TypeError, ValueError, RuntimeError, ArithmeticError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, IndexError) as error:
         raise WordError(f"{before}{error}") from error

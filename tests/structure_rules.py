@@ -20,7 +20,7 @@ WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 LEVELS = (
     "core files folders player schedule embed ema guidance lenet tables precision compiled",
     "processes viz toy diffusion ideal mlp blocks resunet attunet data metrics petals words",
-    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export shelf",
+    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export",
     "sampling ddim guards monitor",
     "run cards",
     "fit weights",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from diffusion_book.cli import main
-from diffusion_book.plans import KINDS
+from diffusion_book.plans import KINDS, plan
 from diffusion_book.weights import load_pretrained
 from diffusion_book.words import WordError, label_list, settings
 
@@ -79,7 +80,7 @@ def test_sampling_writes_a_grid_that_python_would_draw(trained, tmp_path, capsys
     assert str(out) in capsys.readouterr().out
     network = load_pretrained(trained)
     x = network.denormalise(network.sample(6, 2, progress=False, steps=4))
-    grid = torch.tensor(list(Image.open(out).convert("L").getdata())).view(Image.open(out).size[::-1])
+    grid = torch.from_numpy(np.array(Image.open(out).convert("L"))).long()
     first = (x[0, 0] * 255).round().long()
     cut = grid[1:29, 1:29]
     assert (cut - first).abs().max() <= 1
@@ -122,26 +123,58 @@ def test_help_comes_from_the_module_and_the_package():
         assert done.returncode == 0 and "usage: diffusion-book" in done.stdout
 
 
-def test_ctrl_c_stops_with_130_and_the_command_it_names_goes_on_bit_equal(tmp_path):
+LONGER = {
+    "digits": ["train", "digits", "--preset", "tiny", "--set", "epochs=2"],
+    "spiral": ["train", "spiral", "--preset", "tiny", "--set", "steps=1500"],
+}
+
+
+@pytest.mark.parametrize("what", LONGER)
+def test_ctrl_c_stops_with_130_and_the_command_it_names_goes_on_bit_equal(what, tmp_path):
     def command(folder):
-        return [*TINY, "--out", str(tmp_path / folder), "--set", "epochs=3"]
+        return [*LONGER[what], "--out", str(tmp_path / folder)]
 
     python = [sys.executable, "-m", "diffusion_book"]
-    whole = subprocess.run([*python, *command("whole")], capture_output=True, text=True, timeout=120)
-    assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen([*python, *command("cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    waited = time.monotonic() + 60
+    waited = time.monotonic() + 100
     while not list((tmp_path / "cut").rglob("step_*.safetensors")) and time.monotonic() < waited:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in error and len(error.splitlines()) == 1
-    assert "saved up to step" in error
-    program, *words = shlex.split(error.partition("go on with: ")[2])
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert not (tmp_path / "cut" / "weights.json").exists()  # the run was cut off indeed
+    step = int(max((tmp_path / "cut").rglob("step_*.safetensors")).stem.partition("_")[2])
+    last = error.splitlines()[-1]
+    assert f"saved up to step {step}" in last
+    program, *words = shlex.split(last.partition("go on with: ")[2])
     assert program == "diffusion-book" and words == command("cut")
-    assert main(words) == 0
+    assert main(words) == 0 and main(command("whole")) == 0
     one, other = (load_pretrained(tmp_path / name).card for name in ("whole", "cut"))
-    assert one["sha256"] == other["sha256"]
+    assert one["sha256"] == other["sha256"] and len(one["history"]) == len(other["history"])
+
+
+@pytest.mark.parametrize("words", [["params", "mnist-unet"], ["params", "--help"], ["data"], ["train", "spiral"]])
+def test_a_reader_who_has_seen_enough(words, tmp_path):
+    """As in `diffusion-book params mnist-unet | head -1`, with the pipe closed before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [*words, "--preset", "tiny", "--out", str(tmp_path / "run")] if words[0] == "train" else words
+    command = [sys.executable, "-m", "diffusion_book", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(write)
+    assert done.stderr == "" and done.returncode in ((0, 141) if "--help" in words else (141,))
+
+
+def test_a_log_whose_reader_left_stops_a_training_that_can_go_on(tmp_path):
+    words = [*LONGER["spiral"], "--out", str(tmp_path / "run")]
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "diffusion_book", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=write)
+    os.close(write)
+    with os.fdopen(read) as log:
+        log.readline()
+    assert process.wait(timeout=100) == 141
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*.safetensors")) and main(words) == 0
 
 
 @pytest.mark.parametrize("where", ["early", "drawing"])
@@ -165,13 +198,17 @@ def test_a_log_has_a_line_per_epoch(tmp_path, capsys):
     assert main(words) == 0
     out, error = capsys.readouterr()
     rows = load_pretrained(tmp_path / "run").card["history"]
-    lines = [line for line in out.splitlines() if line.startswith("epoch ")]
-    assert error == "" and len(lines) == 2
+    lines = [line.split() for line in error.splitlines()]
+    assert len(lines) == len(rows) == 2 and "epoch " not in out
     for line, row in zip(lines, rows, strict=True):
-        assert line.startswith(f"epoch {row['epoch']}: step {row['step']}, loss {row['loss']:.4g}, ")
-        assert line.endswith(f", {row['seconds']:.1f} s")
+        told = dict(zip(line[::2], line[1::2], strict=True))
+        assert int(told["epoch"]) == row["epoch"] and int(told["step"]) == row["step"]
+        assert float(told["loss"]) == pytest.approx(row["loss"], rel=1e-3)
+    log = (tmp_path / "run" / "checkpoints" / "log.jsonl").read_text()
+    assert [json.loads(line) for line in log.splitlines()] == rows
     assert main(words) == 0
-    assert "epoch 1:" not in capsys.readouterr().out  # told once
+    out, error = capsys.readouterr()
+    assert error == "" and "goes on from step 4;" in out  # told once
 
 
 def test_sampling_leaves_one_line_in_a_log(trained, tmp_path, capsys):
@@ -232,8 +269,7 @@ def test_library_and_command_draw_the_same(name, tmp_path):
 def test_a_spiral_is_trained_drawn_and_judged(tmp_path, capsys):
     run = str(tmp_path / "run")
     assert main(["train", "spiral", "--preset", "tiny", "--out", run]) == 0
-    out = capsys.readouterr().out
-    assert out.count("epoch ") == 10 and "without checkpoints" in out
+    assert capsys.readouterr().err.count("epoch ") == 10
     for form in ("dots.png", "points.npz"):
         assert main(["sample", run, "--n", "50", "--out", f"{tmp_path}/{form}"]) == 0
     with np.load(tmp_path / "points.npz") as file:
@@ -256,13 +292,51 @@ def test_a_reader_is_trained_beside_the_frozen_one(tmp_path):
     assert json.loads((run / "weights.json").read_text())["sha256"] == card["sha256"]
 
 
-@pytest.mark.parametrize("what", ["petals", "cifar10"])
-def test_flowers_and_pictures_are_planned_with_their_recipes(what, tmp_path, monkeypatch, capsys):
-    kind = {"petals": "flowers", "cifar10": "pictures"}[what]
-    given = []
-    monkeypatch.setattr("diffusion_book.plans.Plan.train", lambda plan, *_: given.append(plan) or 1 / 0)
-    assert main(["train", what, "--preset", "tiny", "--out", str(tmp_path / "run")]) == 1
-    assert given[0].kind is KINDS[kind] and given[0].config.data == what
+EMBEDDED = {  # kind and data at preset tiny
+    "mnist": ("digits", "digits"),
+    "mnist-guided": ("digits", "digits"),
+    "flowers": ("flowers", "petals"),
+    "flowers102": ("flowers", "petals"),
+    "petals": ("flowers", "petals"),
+    "cifar10": ("pictures", "petals"),
+}
+
+
+@pytest.mark.parametrize("what", EMBEDDED)
+def test_small_presets_train_on_embedded_data(what):
+    kind, data = EMBEDDED[what]
+    for preset in ("tiny", "quick"):
+        planned = plan(what, preset=preset)
+        assert planned.kind is KINDS[kind] and planned.config.data == data and planned.name.startswith(data)
+    assert plan(what).config.data == {"mnist-guided": "mnist", "flowers": "flowers102"}.get(what, what)
+    real = {"digits": "mnist", "flowers": "flowers102", "pictures": "cifar10"}[kind]
+    assert plan(what, preset="tiny", changes={"data": real}).config.data == real  # who asks gets it
+
+
+def test_pictures_in_a_folder_are_trained_drawn_and_nothing_to_compare(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0)
+    Path("mine").mkdir()
+    for i in range(30):
+        Image.fromarray(noise.integers(0, 255, (20, 24, 3), np.uint8)).save(f"mine/{i}.png")
+    words = ["train", "folder:mine", "--preset", "tiny", "--set", "batch_size=9", "label_drop=null"]
+    assert main(words) == 0
+    assert main(["sample", "runs/mine-narrow-0", "--n", "2", "--out", "two.npz"]) == 0
+    with np.load("two.npz") as file:
+        assert file["x"].shape == (2, 16, 16, 3) and file["labels"].tolist() == [-1, -1]
+    assert main(["evaluate", "runs/mine-narrow-0", "--n", "2"]) == 1
+    assert "nothing to be compared with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["flowers", "cifar10"])
+def test_flowers_and_pictures_are_trained_drawn_and_judged(what, tmp_path, capsys):
+    run, batch = str(tmp_path / "run"), ["--set", "batch_size=2000"]  # three steps
+    assert main(["train", what, "--preset", "tiny", "--out", run, *batch]) == 0
+    assert main(["sample", run, "--n", "2", "--out", f"{tmp_path}/two.png"]) == 0
+    assert Image.open(tmp_path / "two.png").size[0] >= 2 * 16
+    capsys.readouterr()
+    assert main(["evaluate", run, "--n", "8", "--set", "steps=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 8
 
 
 def test_data_lists_what_is_here(tmp_path, monkeypatch, capsys):

@@ -8,8 +8,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
-import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ import torch
 from safetensors.torch import save
 
 from diffusion_book import files
+from diffusion_book.checkpoint import load_checkpoint
 from diffusion_book.cli import main
+from diffusion_book.weights import load_pretrained
 
 TINY = ["--preset", "tiny", "--set", "batch_size=1000", "epochs=1"]
 DIGITS = ["train", "digits", "--out", "new", "--preset", "tiny", "--set"]
@@ -58,8 +61,9 @@ def fails(words, code, fragment, place, capsys):
     assert main(words) == code
     out, error = capsys.readouterr()
     after = contents(place)
-    assert len(error.splitlines()) == 1 and error.startswith("diffusion-book"), error
-    assert fragment in error and "Traceback" not in error, error
+    said = [line for line in error.splitlines() if not line.startswith("epoch ")]  # a training tells its epochs
+    assert len(said) == 1 and said[0].startswith("diffusion-book"), error
+    assert fragment in said[0], error
     assert {path: after.get(path) for path in before} == before
     assert not [path.name for path in after if path.suffix == ".part"]
     if code == 2:
@@ -98,6 +102,8 @@ NOT_UNDERSTOOD = [
     ([*DIGITS, "epochs=2.5"], "a whole number; got 2.5"),
     ([*DIGITS, "epochs=null"], "a whole number; got null"),
     ([*DIGITS, "learning_rate=NaN"], "a number; got 'NaN'"),
+    ([*DIGITS, "learning_rate=1e999"], "a number; got Infinity"),
+    ([*DIGITS, f"learning_rate={10**400}"], "learning_rate must be a number; got 1000"),
     ([*DIGITS, "learning_rate=0"], "above 0"),
     ([*DIGITS, "label_drop=2"], "from 0 to 1; got 2"),
     ([*DIGITS, "one_cycle=yes"], "true or false; got 'yes'"),
@@ -140,11 +146,14 @@ NOT_UNDERSTOOD = [
     (["sample", "run", "--seed", "-2"], "--seed must be"),
     (["sample", "run", "--out", "new.jpg"], "must end in .png"),
     (["sample", "run", "--out", "new.gif", "--n", "501"], "1 to 500 samples"),
+    (["sample", "run", "--seed", "1.5"], "--seed: must be a whole number"),
+    (["sample", "run", "--clip", "none"], "did you mean"),
     # evaluate and data
     (["evaluate", "run", "--n", "1"], "at least 2; got 1"),
     (["evaluate", "run", "--set", "steps=-3"], "steps must be at least 1; got -3"),
     (["evaluate", "run", "--set", "reference=mine"], "got 'reference'"),
     (["data", "mnits"], "did you mean 'mnist'"),
+    (["data", "list", "mnist"], "verify NAME or NAME; got 'list mnist'"),
     (["data", "verify"], "verify NAME"),
     (["data", "verify", "digits", "petals"], "verify NAME"),
     (["data", "download", "imagenet"], "got 'imagenet'"),
@@ -240,6 +249,8 @@ FAILED = [
     (["train", "folder:nowhere"], "there is no folder nowhere", None),
     (["train", "folder:file"], "file is not a folder", None),
     (["data", "verify", "mnist"], "data download mnist", None),
+    (["data", "verify", "folder:nowhere"], "nowhere", None),
+    (["params", "empty"], "weights.json is missing", None),
     # damage
     (["sample", "run"], "damaged or replaced", truncated),
     (["evaluate", "run"], "damaged or replaced", flipped),
@@ -313,14 +324,112 @@ def test_full_disk(words, place, capsys, monkeypatch):
     fails(words, 1, "No space left on device; not written", place, capsys)
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "evaluate"])
-def test_a_folder_that_refuses(verb, place, capsys, monkeypatch):
-    def refused(**_):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+@contextmanager
+def nobody():
+    """As a user whom permissions concern: they are no obstacle to root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
-    what = {"train": ["digits", *TINY, "--out", "new"]}.get(verb, ["run", "--n", "2", "--out", "new.png"])
-    fails([verb, *what], 1, "nothing can be written there: Permission denied", place, capsys)
+
+LOCKED = [
+    # the command, the file or folder that is locked, its mode, what is said
+    (["train", "digits", "--out", "locked/new", *TINY], "locked", 0o555, "locked/new: nothing can be written there"),
+    (
+        ["train", "spiral", "--out", "locked", "--preset", "tiny"],
+        "locked",
+        0o555,
+        "locked: nothing can be written there",
+    ),
+    (["sample", "run", "--n", "1", "--out", "locked/new.png"], "locked", 0o555, "locked: nothing can be written there"),
+    (["sample", "run", "--n", "1", "--out", "locked/new/"], "locked", 0o555, "locked: nothing can be written there"),
+    (["evaluate", "run", "--n", "4", "--out", "locked/new.json"], "locked", 0o555, "nothing can be written there"),
+    (["sample", "run"], "run/weights.safetensors", 0, "weights.safetensors: Permission denied"),
+    (["evaluate", "run"], "run/weights.json", 0, "weights.json: Permission denied"),
+    (["params", "run/weights.safetensors"], "run/weights.safetensors", 0, "weights.safetensors: Permission denied"),
+    (["params", "run"], "run", 0, "Permission denied"),
+    (["train", "digits", "--out", "run", *TINY], "run/weights.json", 0, "weights.json: Permission denied"),
+    (["train", "folder:locked", "--out", "new", "--preset", "tiny"], "locked", 0, "Permission denied"),
+    (["data", "download", "mnist"], "data", 0o555, "data"),
+]
+
+
+@pytest.mark.parametrize(("words", "name", "mode", "fragment"), LOCKED)
+def test_no_permission(words, name, mode, fragment, place, capsys, monkeypatch):
+    monkeypatch.setattr(files, "_answering", lambda urls: ["http://localhost:9/nothing"])
+    for folder in ("locked", "data"):
+        (place / folder).mkdir(exist_ok=True)
+    place.chmod(0o777)  # the only lock is the one that is meant
+    kept = (place / name).stat().st_mode
+    (place / name).chmod(mode)
+    before, code = contents(place) if os.geteuid() == 0 else None, None
+    capsys.readouterr()
+    try:
+        with nobody():
+            code = main(words)
+    finally:
+        (place / name).chmod(kept)
+    error = capsys.readouterr().err
+    assert code == 1 and len(error.splitlines()) == 1 and fragment in error, error
+    assert before is None or contents(place) == before
+
+
+@contextmanager
+def at_most(size):
+    """No file may grow beyond so many bytes: the system says so in the middle of a write."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITES = [
+    (["sample", "run", "--n", "300", "--out", "new.npz", "--set", "steps=1"], 50_000),
+    (["sample", "mnist-unet", "--n", "32", "--out", "new.png", "--set", "steps=4"], 6_000),
+    (["sample", "run", "--n", "64", "--out", "new.gif", "--set", "steps=4"], 20_000),
+    (["train", "digits", "--out", "new", *TINY], 100_000),
+    (["train", "digits", "--out", "run", "--preset", "tiny", "--set", "batch_size=1000", "epochs=1"], 100_000),
+    (["train", "spiral", "--out", "new", "--preset", "tiny"], 10_000),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), WRITES, ids=lambda case: " ".join(case[:5]) if isinstance(case, list) else ""
+)
+def test_a_write_that_is_cut_off(words, size, place, capsys):
+    (place / "new.npz").write_bytes(b"mine")
+    with at_most(size):
+        fails(words, 1, "File too large; not written, what was there before is untouched", place, capsys)
+
+
+@pytest.mark.parametrize("words", [["train", "spiral", "--preset", "tiny"], ["train", "digits", *TINY], None])
+def test_a_disk_that_is_full(words, place, capsys):
+    """A real one, of 300 kB: the checkpoints of a spiral fit at first, those of a U-Net do not."""
+    words = [*words, "--out", "disk/run"] if words else ["sample", "run", "--n", "900", "--out", "disk/x.npz"]
+    words += ["--set", "steps=2"] if words[0] == "sample" else []
+    (place / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", "disk"], capture_output=True).returncode:
+        pytest.skip("only root can mount a disk; the test above stops a write without")
+    try:
+        fails(words, 1, "No space left on device", place, capsys)
+        if words[1] == "spiral":
+            assert load_checkpoint("disk/run/checkpoints")["step"] >= 6  # the last good one opens
+        subprocess.run(["mount", "-o", "remount,size=30m", "disk"], check=True)
+        assert main(words) == 0  # with room, the same command ends well
+        if words[1] == "spiral":
+            assert main([*words[:-1], "undisturbed"]) == 0
+            runs = [load_pretrained(name).card["sha256"] for name in ("disk/run", "undisturbed")]
+            assert runs[0] == runs[1]
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
 
 
 def test_an_output_that_takes_nothing(place, capsys, monkeypatch):
@@ -336,7 +445,28 @@ def test_an_output_that_takes_nothing(place, capsys, monkeypatch):
 
 def test_a_loss_that_is_not_finite(place, capsys):
     words = ["train", "spiral", "--out", "new", "--preset", "tiny", "--set", "learning_rate=1e30", "one_cycle=false"]
-    fails(words, 1, "lower the learning rate", place, capsys)
+    fails(words, 1, "learning rate", place, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fragment"),
+    [("DEVICE", "gpu", "gpu"), ("DEVICE", "", None), ("PRESET", "tinny", "choose one of tiny, quick, full, published")],
+)
+def test_words_in_the_environment(name, value, fragment, place, capsys, monkeypatch):
+    monkeypatch.setenv(f"DIFFUSION_BOOK_{name}", value)
+    if fragment is None:
+        assert main(["data"]) == 0
+    else:
+        fails(["train", "spiral", "--out", "new", "--preset", "tiny"], 2, fragment, place, capsys)
+
+
+def test_a_process_of_its_own_says_one_line(place):
+    """What is said before `main` begins and after it ends counts too."""
+    for words, code in ((["smaple"], 2), (["sample", "run", "--out", "nowhere/x.png"], 1), (["params", "model.pt"], 1)):
+        pickled("model.pt")(place)
+        command = [sys.executable, "-m", "diffusion_book", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert done.returncode == code and len(done.stderr.splitlines()) == 1 and done.stdout == "", done.stderr
 
 
 def test_every_case_is_another():
