@@ -133,7 +133,7 @@ def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(monkeypatch):
         return []
 
     monkeypatch.setattr(pictures, "fit", steps_alone)
-    pictures_training(replace(TINY, epochs=40, one_cycle=True, learning_rate=0.02), RandomStreams(0), progress=False)
+    pictures_training(replace(TINY, epochs=10, one_cycle=True, learning_rate=0.02), RandomStreams(0), progress=False)
     highest = rates.index(max(rates))
     assert rates[highest] == pytest.approx(0.02, rel=0.01) and highest < 0.15 * len(rates)
     assert rates[0] < 0.1 * 0.02 and rates[-1] < 1e-4 * 0.02
