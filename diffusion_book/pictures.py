@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load, random_crop
@@ -42,7 +44,8 @@ class PicturesConfig:
     crops: float | None = None  # train on parts with at least this share of the area
     batch_size: int = 14
     epochs: int = 300
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # the constant rate, or the peak of a one-cycle schedule
+    one_cycle: bool = False
     weight_decay: float = 1e-2
     half_lives: tuple[float, ...] = (138,)  # of the averages, in steps; the trained network gets the first
     precision: str = "bf16"  # or "fp16", "float32", "auto"
@@ -136,6 +139,14 @@ def _augmentation(config: PicturesConfig) -> Callable[[Tensor, Generator], Tenso
     return (lambda pixels, generator: cut(flip(pixels, generator), generator)) if config.flips else cut
 
 
+def _optimizer(config: PicturesConfig, model: nn.Module, images: int) -> tuple[AdamW, LRScheduler | None]:
+    rate, steps = config.learning_rate, config.epochs * max(1, images // config.batch_size)
+    optimizer = AdamW(model.parameters(), rate, weight_decay=config.weight_decay, fused=True)
+    if not config.one_cycle:
+        return optimizer, None
+    return optimizer, OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
+
+
 def _loss(config: PicturesConfig, diffusion: GaussianDiffusion, denoiser: Any, noise: Generator, null: int) -> Any:
     """Of (model, batch): labels hidden one by one, where the network takes any."""
 
@@ -163,8 +174,7 @@ def pictures_training(
     averages, x = EMAs(model, config.half_lives, "unbiased"), held_out.normalise(held_out.images[:1_000])
     labels = None if config.label_drop is None else held_out.labels[:1_000]
     loss = _loss(config, diffusion, denoiser, streams.noise, len(train.class_names))
-    rate, decay = config.learning_rate, config.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=decay, fused=True)
+    optimizer, scheduler = _optimizer(config, model, len(train))
 
     def validate() -> dict[str, Any]:
         if watch is not None:
@@ -174,6 +184,7 @@ def pictures_training(
     told |= {"progress": progress, "model": averages[config.half_lives[0]].module}
     options = recipe_options(config, trained, streams.seed, folder, **told)
     options |= {"augment": _augmentation(config), "ema": averages, "validate": validate}
+    options["scheduler"] = scheduler
     trained.card |= {"history": fit(model, loss, train, optimizer, streams, **options), "environment": environment()}
     trained.model = told["model"]
     return trained

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_book import pictures
 from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.guards import EarlyStop
@@ -102,8 +103,9 @@ def test_a_card_keeps_the_path_of_a_folder_to_itself(folder):
 # Training
 
 
-def test_a_run_that_is_cut_off_ends_as_if_it_were_not(tmp_path):
-    config = replace(TINY, epochs=2, size=8)
+@pytest.mark.parametrize("one_cycle", [False, True])
+def test_a_run_that_is_cut_off_ends_as_if_it_were_not(tmp_path, one_cycle):
+    config = replace(TINY, epochs=2, size=8, one_cycle=one_cycle)
     looks, cuts = [], []
 
     def stop(trained, averages):
@@ -119,6 +121,26 @@ def test_a_run_that_is_cut_off_ends_as_if_it_were_not(tmp_path):
     assert list(tmp_path.glob("step_*"))
     losses = [[row["loss"] for row in run.card["history"]] for run in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(monkeypatch):
+    rates = []
+
+    def steps_alone(model, loss_fn, images, optimizer, streams, *, batch_size, epochs, scheduler, ema, **_):
+        for _ in range(epochs * (len(images) // batch_size)):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+            ema.update()
+        return []
+
+    monkeypatch.setattr(pictures, "fit", steps_alone)
+    pictures_training(replace(TINY, epochs=10, one_cycle=True, learning_rate=0.02), RandomStreams(0), progress=False)
+    highest = rates.index(max(rates))
+    assert rates[highest] == pytest.approx(0.02, rel=0.01) and highest < 0.15 * len(rates)
+    assert rates[0] < 0.1 * 0.02 and rates[-1] < 1e-4 * 0.02
+    up, down = rates[: highest + 1], rates[highest:]
+    assert up == sorted(up) and down == sorted(down, reverse=True)
 
 
 def test_what_is_returned_is_the_first_average():

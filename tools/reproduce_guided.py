@@ -126,6 +126,7 @@ CHOSEN: dict[str, dict[str, Any]] = {  # rows of 10,000 samples
     "published": {"of": "published"},
     "ours, not guided": {"of": "ours", "scale": 1.0, "interval": None},
     "ours, guided at all times": {"of": "ours", **SAMPLERS["ddim"], "scale": CHOSEN_SCALE},
+    "ours, guided at all times, DDPM": {"of": "ours", **SAMPLERS["ddpm"], "scale": CHOSEN_SCALE},
     "ours": {"of": "ours"},
 }
 
