@@ -199,6 +199,15 @@ def cell_count(name: str, notebook: Notebook) -> list[str]:
     return [f"{name}: {cells} cells, at most {CELLS}"] if cells > CELLS else []
 
 
+def end_is_last(name: str, notebook: Notebook) -> list[str]:
+    """No code comes after a chapter's exercises."""
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    end = next(
+        (i for i, (kind, text) in enumerate(texts) if kind == "markdown" and "## Exercises\n" in text), len(texts)
+    )
+    return [f"{name}: code after the exercises: {text.splitlines()[0]}" for kind, text in texts[end:] if kind == "code"]
+
+
 def cell_lengths(name: str, notebook: Notebook) -> list[str]:
     """A code cell has at most 30 lines, directives not counted; 90 where it exports one class."""
     complaints = []

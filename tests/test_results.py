@@ -297,3 +297,23 @@ def test_averages_of_earlier_runs_belong_to_their_last_steps():
         assert [*run["rows"]] == ["raw", "average"] and run["half_life"] == ema_rows.RUNS[name]["half_life"]
         assert run["largest_difference"] < 1e-3, name  # the steps taken again end where they ended before
         assert run["steps"] < 1_000 and len({row["n"] for row in run["rows"].values()}) == 1
+
+
+def test_precision_is_judged_on_the_same_noise():
+    runs = pictures_record("mnist_precision")["runs"]
+    assert [*runs["scores"]] == ["float32", "bf16"]
+    for name, row in runs["scores"].items():
+        assert row["n"] == 10_000 and row["seed"] == 0 and row["sampler"]["precision"] == name
+    assert runs["scores"]["float32"]["fld"] != runs["scores"]["bf16"]["fld"] and 0 < runs["pixels_moved"]["mean"] < 0.05
+
+
+def test_speeds_compare_networks_of_one_size():
+    runs = pictures_record("peers")["runs"]
+    ours, *others = runs["sizes"].values()
+    assert len(others) == 2 and ours["parameters"] == 602_705
+    for size in others:
+        assert size["parameters"] == pytest.approx(ours["parameters"], rel=0.05)
+        assert size["multiply_adds"] == pytest.approx(ours["multiply_adds"], rel=0.10)
+    for task in ("training", "sampling"):
+        assert len(runs[task]["per_second"]) == 6 and len(runs[task]["times_as_fast"]) == 8
+        assert all(r["quarter"] <= r["median"] <= r["three quarters"] for r in runs[task]["times_as_fast"].values())

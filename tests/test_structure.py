@@ -80,6 +80,7 @@ def test_no_star_imports_in_notebooks(name: str) -> None:
     "rule",
     [
         rules.cell_count,
+        rules.end_is_last,
         rules.cell_lengths,
         rules.assertions_per_name,
         rules.output_bytes,
@@ -194,6 +195,7 @@ BROKEN = [
     (rules.repeated_default_exp, ({"a.ipynb": notebook(IDEA), "b.ipynb": notebook(IDEA)},)),
     (rules.repeated_default_exp, ({"a.ipynb": notebook(IDEA, cell("#| default_exp: other"))},)),
     (rules.cell_count, ("a", notebook(*[cell("", kind="markdown")] * 71))),
+    (rules.end_is_last, ("a", notebook(cell("## Exercises\n\n1. Try", kind="markdown"), IDEA))),
     (rules.cell_lengths, ("a", notebook(cell(lines(31))))),
     (rules.cell_lengths, ("a", notebook(cell(CLASS + "\n    y = 0")))),
     (rules.cell_lengths, ("a", notebook(cell(CLASS.replace("#| export:\n", ""))))),
@@ -242,6 +244,7 @@ KEPT = [
     (rules.repeated_names, ({"a.ipynb": ["f"], "b.ipynb": ["g"]},)),
     (rules.repeated_default_exp, ({"a.ipynb": notebook(IDEA), "b.ipynb": notebook(EXPORT)},)),
     (rules.cell_count, ("a", notebook(*[IDEA] * 70))),
+    (rules.end_is_last, ("a", notebook(IDEA, cell("## Exercises\n\n1. Try", kind="markdown")))),
     (rules.cell_lengths, ("a", notebook(cell(lines(30)), cell(CLASS), cell("%pip install x\n!ls")))),
     (rules.assertions_per_name, ("a", notebook(IDEA, EXPORT, cell("a = f(1)\nb = a + g(2)"), cell("assert a\nassert b\nassert 2 * b\nassert 3 * b")))),
     (rules.assertions_per_name, ("a", notebook(EXPORT, cell("with raises(ValueError):\n    f(g(1))\nnp.testing.assert_allclose(f(1), g(1))"), cell("assert 1\nassert 2")))),
