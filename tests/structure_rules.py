@@ -427,6 +427,7 @@ def machine_free(path: str, text: str) -> list[str]:
 
 RULES = (
     module_length, public_names, function_bodies, star_imports, import_levels, kept_apart, repeated_names,
-    repeated_default_exp, cell_count, end_is_last, cell_lengths, assertions_per_name, output_bytes, all_output_bytes, player_bytes,
-    widget_free, error_free, figures_described, versions_agree, contents_agree, modules_agree, data_free, machine_free,
+    repeated_default_exp, cell_count, end_is_last, cell_lengths, assertions_per_name, output_bytes,
+    all_output_bytes, player_bytes, widget_free, error_free, figures_described, versions_agree, contents_agree,
+    modules_agree, data_free, machine_free,
 )  # fmt: skip
