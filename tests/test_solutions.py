@@ -18,6 +18,13 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
     "A5_2_solutions": ("Part II:", "47_files", "48_folders", "52_checkpoint"),
     "A5_3_solutions": ("Part III:",),
     "A5_4_solutions": ("Part IV:",),
+    "A5_5_solutions": (
+        *("49_player", "50_explore", "51_precision", "51_1_compile", "52_1_guards", "52_2_monitor", "52_3_run"),
+        *("53_fit", "53_1_processes", "54_export"),
+    ),
+    "A5_6_solutions": (
+        *("A1_viz", "A2_presets", "A2_1_digits", "A2_2_flower_recipes", "A2_3_pictures", "A3_1_cards", "A3_weights"),
+    ),
 }
 
 Cell = Mapping[str, object]
@@ -88,10 +95,17 @@ def complaints(chapters: Mapping[str, list[Cell]], solved: list[Cell]) -> list[s
     return wrong + [f"{name}: has solutions, but is no chapter of this part" for name in given]
 
 
+def chapters_of_parts() -> dict[str, list[Path]]:
+    """The notebooks of each part by its title, those of the appendix under "Appendix", in reading order."""
+    book = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]
+    parts = {e["part"]: e["chapters"] for e in book["chapters"] if isinstance(e, dict)}
+    parts["Appendix"] = book["appendices"]
+    return {part: [ROOT / path for path in paths] for part, paths in parts.items()}
+
+
 def solved_chapters(names: Iterable[str]) -> dict[str, list[Cell]]:
-    """The chapters of the parts whose titles begin so, and the chapters of these names, in reading order."""
-    entries = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["book"]["chapters"]
-    parts = {e["part"]: [ROOT / path for path in e["chapters"]] for e in entries if isinstance(e, dict)}
+    """The chapters of the parts whose titles begin so, and the chapters of these names, in the order of the names."""
+    parts = chapters_of_parts()
     every = {path.stem: path for paths in parts.values() for path in paths}
     found: dict[str, list[Cell]] = {}
     for name in names:
