@@ -25,6 +25,9 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
     "A5_6_solutions": (
         *("A1_viz", "A2_presets", "A2_1_digits", "A2_2_flower_recipes", "A2_3_pictures", "A3_1_cards", "A3_weights"),
     ),
+    "A5_7_solutions": (
+        *("A4_1_words", "A4_2_opening", "A4_3_outputs", "A4_4_small_runs", "A4_5_plans", "A4_6_commands", "A4_cli"),
+    ),
 }
 
 Cell = Mapping[str, object]
@@ -120,6 +123,12 @@ def test_every_exercise_is_solved(notebook: str, names: tuple[str, ...]) -> None
     assert sum(len(exercises(cells)) for cells in chapters.values()) > 0
     wrong = complaints(chapters, cells_of(ROOT / "nbs" / f"{notebook}.ipynb"))
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_chapter_is_left_out() -> None:
+    solved = [name for names in SOLUTIONS.values() for name in solved_chapters(names)]
+    asking = [path.stem for paths in chapters_of_parts().values() for path in paths if exercises(cells_of(path))]
+    assert sorted(name for name in solved if name in asking) == sorted(asking)  # and none is solved twice
 
 
 # What the comparison must notice
