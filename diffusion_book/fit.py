@@ -110,7 +110,8 @@ def _bar(steps: Iterator[TrainStep], run: Run, epochs: int) -> Iterator[TrainSte
 
 def _terminal() -> bool:
     """Whether somebody watches: a log gets lines in place of a bar."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()  # a notebook's, if this is one
+    return sys.stderr.isatty() or shell is not None
 
 
 def _with_place(config: Mapping[str, Any] | None, images: Images, batch_size: int, seed: int) -> dict[str, Any]:

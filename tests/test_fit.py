@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import signal
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -612,3 +615,12 @@ def test_absolute_errors_do_not_depend_on_the_batch_size():
     )
     one, other = (absolute_errors(diffusion, lambda xt, t: 0.5 * xt, x, batch_size=n) for n in (30, 8))
     assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.parametrize(("shell", "watched"), [(None, False), (object(), True)])
+def test_only_a_notebook_is_a_notebook(monkeypatch, shell, watched):
+    """A process that has merely imported the tools of notebooks writes lines, as any log does."""
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert fitting._terminal() is watched
