@@ -15,7 +15,8 @@ from structure_rules import code_of, is_assertion
 
 SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the titles of parts, or chapters
     "A5_1_solutions": ("Part I:",),
-    "A5_2_solutions": ("Part II:", "47_files", "48_folders", "52_checkpoint"),
+    "A5_2_solutions": (*("20_data", "21_blocks", "22_unet", "23_parameters", "24_lenet", "25_metrics", "26_inspect"),),
+    "A5_2_1_solutions": ("27_mnist_run", "47_files", "48_folders", "52_checkpoint"),
     "A5_3_solutions": ("Part III:",),
     "A5_4_solutions": ("Part IV:",),
     "A5_5_solutions": (

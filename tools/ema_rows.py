@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,10 @@ def averages(name: str) -> None:
 
 def judged(folder: Path, name: str) -> dict[str, Any]:
     scores = flowers_scores if name.startswith("flowers") else evaluate
-    measure = partial(scores, load_pretrained(folder), **RUNS[name]["sampler"])
+
+    def measure() -> dict[str, Any]:
+        return scores(load_pretrained(folder), **RUNS[name]["sampler"])
+
     return measured(folder / "scores.json", measure, "fld", "frechet", "low", "high", "seconds")
 
 

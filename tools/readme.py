@@ -27,6 +27,16 @@ def heading(title: str, columns: str) -> list[str]:
     return [f"| {title} | {columns} |", "| --- |" + " ---: |" * len(columns.split(" | "))]
 
 
+def titled(title: str, columns: str, lines: list[str], note: str) -> str:
+    """A whole table: heading, rows and the sentence below them."""
+    return "\n".join([*heading(title, columns), *lines, "", note, ""])
+
+
+def corrected(score: str, row: dict) -> str:
+    """Two cells: a score, and the interval of its corrected value."""
+    return f"{row[score]:.2f} | {row['low']:.2f} to {row['high']:.2f}"
+
+
 def cell(runs: list[dict], key: str) -> str:
     """Mean ± standard deviation over seeds, or a dash where nothing was measured."""
     values = [run[key] for run in runs if key in run]
@@ -72,13 +82,12 @@ MNIST = {
 
 def mnist_line(label: str, run: dict) -> str:
     cost = f"{run['parameters']:,} | {run['sampler']['steps']} | {run['cpu_seconds'] / 60:.0f}"
-    score = f"{run['fld']:.2f} | {run['low']:.2f} to {run['high']:.2f} | {run['noise_share']:.2%}"
-    return f"| {label} | {cost} | {score} |"
+    return f"| {label} | {cost} | {corrected('fld', run)} | {run['noise_share']:.2%} |"
 
 
 def mnist_table(results: Path) -> str:
     columns = "parameters | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓"
-    lines = heading("MNIST, 10,000 samples", columns)
+    lines = []
     for name, label in MNIST.items():
         runs = json.loads((results / f"mnist_{name}.json").read_text())["runs"]
         lines += [mnist_line(f"{label}, seed {run['seed']}", run) for run in runs]
@@ -97,22 +106,19 @@ def mnist_table(results: Path) -> str:
     noise = next(row for row in floors if row["name"] == "noise")["plain"]
     for row in (next(row for row in floors if row["name"] == "train, 10,000 images"), floors[-1]):
         label = "10,000 training images" if row["name"].startswith("train") else "noise"
-        score = f"{row['plain']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['plain'] / noise:.2%}"
-        lines.append(f"| {label} | – | – | – | {score} |")
-    return "\n".join(
-        [*lines, "", "Fréchet distance on the features of one frozen LeNet, against the 10,000 test images.", ""]
-    )
+        lines.append(f"| {label} | – | – | – | {corrected('plain', row)} | {row['plain'] / noise:.2%} |")
+    note = "Fréchet distance on the features of one frozen LeNet, against the 10,000 test images."
+    return titled("MNIST, 10,000 samples", columns, lines, note)
 
 
 def flowers_line(label: str, steps: str, row: dict, far: float, frechet: str) -> str:
-    interval = f"{row['low']:.2f} to {row['high']:.2f}"
-    scores = f"{row['swd']:.3f} | {row['swd'] / far:.1%} | {row[frechet]:.2f} | {interval} | {row['kernel']:.3f}"
+    scores = f"{row['swd']:.3f} | {row['swd'] / far:.1%} | {corrected(frechet, row)} | {row['kernel']:.3f}"
     return f"| {label} | {steps} | {scores} |"
 
 
 def flowers_table(results: Path) -> str:
     columns = "evaluations | sliced Wasserstein ↓ | of noise ↓ | Fréchet ↓ | 95 % interval, corrected | kernel ↓"
-    lines = heading("flowers, 64 × 64, 1,000 samples", columns)
+    lines = []
     runs = json.loads((results / "flowers_ours.json").read_text())["runs"]
     floors = json.loads((results / "flowers_floors.json").read_text())["runs"]["floors"]
     floors = {row["name"]: row for row in floors}
@@ -128,38 +134,39 @@ def flowers_table(results: Path) -> str:
     minutes = runs["history"][-1]["cpu_seconds"] / 60
     trained = f"{runs['parameters']:,} parameters, {runs['history'][-1]['epoch']} epochs, {minutes:.0f} core minutes"
     note = f"{trained}; against 1,638 held-out photographs; Fréchet and kernel distance on a classifier's features."
-    return "\n".join([*lines, "", note, ""])
+    return titled("flowers, 64 × 64, 1,000 samples", columns, lines, note)
+
+
+def guided_line(label: str, row: dict) -> str:
+    cost = f"{row['sampler']['scale']:g} | {row['evaluations']} | {row['cpu_seconds'] / 60:.0f}"
+    return f"| {label} | {cost} | {corrected('fld', row)} | {row['noise_share']:.2%} | {row['agreement']:.2%} |"
 
 
 def guided_table(results: Path) -> str:
     """Rows of 10,000 samples drawn on demand; a guided step asks the network twice, and counts so."""
     columns = "w | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓ | agreement ↑"
-    lines = heading("MNIST with labels, 10,000 samples", columns)
     runs = json.loads((results / "guided_mnist.json").read_text())["runs"]
-    for label, row in runs["rows"].items():
-        scale = row["sampler"]["scale"]
-        cost = f"{scale:g} | {row['evaluations']} | {row['cpu_seconds'] / 60:.0f}"
-        score = f"{row['fld']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['noise_share']:.2%}"
-        lines.append(f"| {label} | {cost} | {score} | {row['agreement']:.2%} |")
+    lines = [guided_line(label, row) for label, row in runs["rows"].items()]
     parameters = next(iter(runs["rows"].values()))["parameters"]
     lines.append(f"| test images | – | – | – | – | – | – | {runs['real']['agreement']:.2%} |")
     note = f"{parameters:,} parameters; a thousand of each digit; agreement: read by the LeNet as what was asked for."
-    return "\n".join([*lines, "", note, ""])
+    return titled("MNIST with labels, 10,000 samples", columns, lines, note)
+
+
+def cifar_line(label: str, row: dict) -> str:
+    scale, steps = row["sampler"]["scale"], row["sampler"]["steps"]
+    cost = f"{scale:g} | {steps if scale == 1 else 2 * steps}"
+    return f"| {label} | {cost} | {corrected('frechet', row)} | {row['kernel']:.3f} | {row['agreement']:.1%} |"
 
 
 def cifar_table(results: Path) -> str:
     columns = "w | evaluations | Fréchet ↓ | 95 % interval, corrected | kernel ↓ | agreement ↑"
-    lines = heading("CIFAR-10, 32 × 32, 1,000 samples", columns)
     runs = json.loads((results / "guided_cifar10.json").read_text())["runs"]
-    for label, row in runs["cells"].items():
-        scale, steps = row["sampler"]["scale"], row["sampler"]["steps"]
-        cost = f"{scale:g} | {steps if scale == 1 else 2 * steps}"
-        score = f"{row['frechet']:.2f} | {row['low']:.2f} to {row['high']:.2f} | {row['kernel']:.3f}"
-        lines.append(f"| {label} | {cost} | {score} | {row['agreement']:.1%} |")
+    lines = [cifar_line(label, row) for label, row in runs["cells"].items()]
     last = runs["history"][-1]
     trained = f"{runs['parameters']:,} parameters, {last['epoch']} epochs, {last['cpu_seconds'] / 60:.0f} core minutes"
     note = f"A narrow network for a machine without GPU: {trained}. On the features of one frozen classifier."
-    return "\n".join([*lines, "", note, ""])
+    return titled("CIFAR-10, 32 × 32, 1,000 samples", columns, lines, note)
 
 
 def ratio(found: dict[str, dict], ours: str, peer: str) -> str:

@@ -71,7 +71,10 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The score of a network's samples, taken from its folder where it was measured before."""
     label = "-".join(f"{key}={value}" for key, value in changes.items())
     path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json".replace(" ", "")
-    measure = partial(evaluate, load_pretrained(folder), n, **changes)
+
+    def measure() -> dict[str, Any]:
+        return evaluate(load_pretrained(folder), n, **changes)
+
     return measured(path, measure, "fld", "low", "high", "agreement", "seconds")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def judged(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     """The score of a run's samples, taken from its folder where it was measured before."""
     label = "-".join(f"{key}={value}" for key, value in changes.items())
     path = folder / f"evaluation-{n}{'-' * bool(label)}{label}.json"
-    return measured(path, partial(evaluate, load_pretrained(folder), n, **changes), "fld", "low", "high")
+    return measured(path, lambda: evaluate(load_pretrained(folder), n, **changes), "fld", "low", "high")
 
 
 @cache
