@@ -222,21 +222,6 @@ def test_a_trained_network_survives_the_disk(tmp_path):
     assert loaded.card["history"] == trained.card["history"]
 
 
-def test_the_learning_rate_goes_up_and_down_to_nothing():
-    from diffusion_book.digits import _optimizer
-
-    config = digits_config("ours", "published")
-    optimizer, scheduler = _optimizer(torch.nn.Linear(2, 2), config, steps=100)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert max(rates) == pytest.approx(config.learning_rate) and rates.index(max(rates)) in (9, 10)
-    assert rates[0] < config.learning_rate / 10 and rates[-1] < config.learning_rate / 1000
-    assert _optimizer(torch.nn.Linear(2, 2), digits_config("published", "tiny"), steps=100)[1] is None
-
-
 def test_what_fit_takes_is_handed_through(tmp_path, few):
     config = replace(GUIDED, precision="auto", steps=3)
     plain = digits_training(config, RandomStreams(0), progress=False)

@@ -20,7 +20,7 @@ from diffusion_book.core import RandomStreams
 from diffusion_book.data import load
 from diffusion_book.diffusion import GaussianDiffusion
 from diffusion_book.ema import EMA, EMAs
-from diffusion_book.fit import absolute_errors, epoch_batches, fit, recipe_options, validation_loss
+from diffusion_book.fit import absolute_errors, epoch_batches, fit, recipe_optimizer, recipe_options, validation_loss
 from diffusion_book.guards import EarlyStop
 from diffusion_book.monitor import SampleGrids
 from diffusion_book.schedule import DiscreteSchedule, OffsetCosineSchedule, cosine_beta_schedule
@@ -624,3 +624,29 @@ def test_only_a_notebook_is_a_notebook(monkeypatch, shell, watched):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert fitting._terminal() is watched
+
+
+@pytest.mark.parametrize("decay", [None, 0.02])
+def test_a_recipe_s_rate_goes_up_and_down_to_nothing(decay):
+    wanted = SimpleNamespace(learning_rate=0.01, one_cycle=True, epochs=10, batch_size=64)
+    if decay is not None:
+        wanted.weight_decay = decay
+    optimizer, scheduler = recipe_optimizer(wanted, torch.nn.Linear(2, 2), images=700)  # ten steps an epoch, and a rest
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.01) and rates.index(max(rates)) in (9, 10)
+    assert rates[0] < 0.001 and rates[-1] < 1e-5
+    assert isinstance(optimizer, torch.optim.AdamW) == (decay is not None)
+    assert optimizer.param_groups[0]["weight_decay"] == (decay or 0)
+    assert decay is None or optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # the momentum of AdamW stays as it is
+
+
+def test_a_recipe_without_a_cycle_has_no_schedule_and_few_images_one_step():
+    wanted = SimpleNamespace(learning_rate=0.01, one_cycle=False, epochs=10, batch_size=64)
+    optimizer, scheduler = recipe_optimizer(wanted, torch.nn.Linear(2, 2), images=700)
+    assert scheduler is None and optimizer.param_groups[0]["lr"] == 0.01
+    wanted.one_cycle = True
+    assert recipe_optimizer(wanted, torch.nn.Linear(2, 2), images=3)[1].total_steps == 1

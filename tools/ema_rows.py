@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from diffusion_book.core import RandomStreams, environment, load_result, write_w
 from diffusion_book.data import Images, flip
 from diffusion_book.digits import DigitsConfig, digits_data
 from diffusion_book.ema import EMA, decay_of_half_life
-from diffusion_book.fit import epoch_batches
+from diffusion_book.fit import epoch_batches, recipe_optimizer
 from diffusion_book.flower_recipes import FlowersConfig, flowers_data, flowers_scores
 from diffusion_book.precision import in_precision
 from diffusion_book.train import train_steps
@@ -48,19 +49,11 @@ def training_data(name: str, card: dict[str, Any]) -> Images:
     return digits_data(DigitsConfig(**given))[0]
 
 
-def parts(trained: Pretrained, steps: int) -> dict[str, Any]:
+def parts(trained: Pretrained, images: int) -> dict[str, Any]:
     """The run as its recipe makes it; all states come from the checkpoint."""
-    config = trained.card["config"]
-    kind, options = torch.optim.Adam, {"lr": config["learning_rate"], "fused": True}
-    cycle = {"pct_start": 0.1}
-    if "weight_decay" in config:  # the flowers
-        kind, options = torch.optim.AdamW, options | {"weight_decay": config["weight_decay"]}
-        cycle["cycle_momentum"] = False
-    optimizer = kind(trained.model.parameters(), **options)
+    optimizer, scheduler = recipe_optimizer(SimpleNamespace(**trained.card["config"]), trained.model, images)
     made = {"model": trained.model, "optimizer": optimizer, "streams": RandomStreams(0)}
-    if config["one_cycle"]:
-        made["scheduler"] = torch.optim.lr_scheduler.OneCycleLR(optimizer, config["learning_rate"], steps, **cycle)
-    return made
+    return made if scheduler is None else made | {"scheduler": scheduler}
 
 
 def before(name: str) -> dict[str, Any]:
@@ -78,7 +71,7 @@ def go_on(name: str) -> tuple[nn.Module, nn.Module]:
     trained = Pretrained.fresh(json.loads((folder / "weights.json").read_text()))
     config, train = trained.card["config"], training_data(name, trained.card)
     steps = config["epochs"] * (len(train) // config["batch_size"])
-    run = parts(trained, steps)
+    run = parts(trained, len(train))
     load_checkpoint(folder / "checkpoints" / f"step_{start:09d}.safetensors", **run)
     ema = EMA(trained.model, decay_of_half_life(RUNS[name]["half_life"]), "unbiased")
     denoiser, noise = in_precision(trained.model, config["precision"]), run["streams"].noise
