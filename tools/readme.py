@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin, written by tools/readme.py -->\n", "<!-- results: end -->"
@@ -30,6 +31,15 @@ def heading(title: str, columns: str) -> list[str]:
 def titled(title: str, columns: str, lines: list[str], note: str) -> str:
     """A whole table: heading, rows and the sentence below them."""
     return "\n".join([*heading(title, columns), *lines, "", note, ""])
+
+
+def recorded(results: Path, name: str) -> Any:
+    """What a record says of its runs."""
+    return json.loads((results / f"{name}.json").read_text())["runs"]
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def corrected(score: str, row: dict) -> str:
@@ -89,20 +99,20 @@ def mnist_table(results: Path) -> str:
     columns = "parameters | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓"
     lines = []
     for name, label in MNIST.items():
-        runs = json.loads((results / f"mnist_{name}.json").read_text())["runs"]
+        runs = recorded(results, f"mnist_{name}")
         lines += [mnist_line(f"{label}, seed {run['seed']}", run) for run in runs]
-    by_ddim = json.loads((results / "mnist_ddim.json").read_text())["runs"]
+    by_ddim = recorded(results, "mnist_ddim")
     for name, label in {"published": "published settings", "ours": "our recipe"}.items():
         runs = {eta: by_ddim[f"{name}, eta {eta}"] for eta in (1, 0)}
         lines += [mnist_line(f"{label}, seed 0, DDIM with eta = {eta}", run) for eta, run in runs.items()]
-    averages = json.loads((results / "ema_rows.json").read_text())["runs"]
+    averages = recorded(results, "ema_rows")
     for name, label in {
         "published": "published settings, seed 0, DDIM with eta = 1",
         "ours": "our recipe, seed 0",
     }.items():
         cost = by_ddim[f"{name}, eta 1"]
         lines.append(mnist_line(f"{label}, averaged", cost | averages[f"mnist-{name}"]["rows"]["average"]))
-    floors = json.loads((results / "mnist_floors.json").read_text())["runs"]["floors"]
+    floors = recorded(results, "mnist_floors")["floors"]
     noise = next(row for row in floors if row["name"] == "noise")["plain"]
     for row in (next(row for row in floors if row["name"] == "train, 10,000 images"), floors[-1]):
         label = "10,000 training images" if row["name"].startswith("train") else "noise"
@@ -119,14 +129,14 @@ def flowers_line(label: str, steps: str, row: dict, far: float, frechet: str) ->
 def flowers_table(results: Path) -> str:
     columns = "evaluations | sliced Wasserstein ↓ | of noise ↓ | Fréchet ↓ | 95 % interval, corrected | kernel ↓"
     lines = []
-    runs = json.loads((results / "flowers_ours.json").read_text())["runs"]
-    floors = json.loads((results / "flowers_floors.json").read_text())["runs"]["floors"]
+    runs = recorded(results, "flowers_ours")
+    floors = recorded(results, "flowers_floors")["floors"]
     floors = {row["name"]: row for row in floors}
     far = floors["noise"]["swd"]
     for label, row in runs["rows"].items():
         steps, _, eta = label.partition(" steps")
         lines.append(flowers_line("our recipe" + eta, steps, row, far, "frechet"))
-    averages = json.loads((results / "ema_rows.json").read_text())["runs"]
+    averages = recorded(results, "ema_rows")
     average = averages["flowers102-ours"]["rows"]["average"]
     lines.append(flowers_line("our recipe, averaged", str(average["sampler"]["steps"]), average, far, "frechet"))
     for label in ("training images", "noise"):
@@ -138,32 +148,33 @@ def flowers_table(results: Path) -> str:
 
 
 def guided_line(label: str, row: dict) -> str:
-    cost = f"{row['sampler']['scale']:g} | {row['evaluations']} | {row['cpu_seconds'] / 60:.0f}"
-    return f"| {label} | {cost} | {corrected('fld', row)} | {row['noise_share']:.2%} | {row['agreement']:.2%} |"
+    cost = f"{row['sampler']['scale']:g}", str(row["evaluations"]), f"{row['cpu_seconds'] / 60:.0f}"
+    return line(label, *cost, corrected("fld", row), f"{row['noise_share']:.2%}", f"{row['agreement']:.2%}")
 
 
 def guided_table(results: Path) -> str:
     """Rows of 10,000 samples drawn on demand; a guided step asks the network twice, and counts so."""
-    columns = "w | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓ | agreement ↑"
-    runs = json.loads((results / "guided_mnist.json").read_text())["runs"]
-    lines = [guided_line(label, row) for label, row in runs["rows"].items()]
+    runs = recorded(results, "guided_mnist")
+    real = line("test images", *["–"] * 6, f"{runs['real']['agreement']:.2%}")
     parameters = next(iter(runs["rows"].values()))["parameters"]
-    lines.append(f"| test images | – | – | – | – | – | – | {runs['real']['agreement']:.2%} |")
-    note = f"{parameters:,} parameters; a thousand of each digit; agreement: read by the LeNet as what was asked for."
-    return titled("MNIST with labels, 10,000 samples", columns, lines, note)
+    return titled(
+        "MNIST with labels, 10,000 samples",
+        "w | evaluations | training, core min | FLD ↓ | 95 % interval, corrected | share of noise ↓ | agreement ↑",
+        [*(guided_line(label, row) for label, row in runs["rows"].items()), real],
+        f"{parameters:,} parameters; a thousand of each digit; agreement: read by the LeNet as what was asked for.",
+    )
 
 
 def cifar_line(label: str, row: dict) -> str:
     scale, steps = row["sampler"]["scale"], row["sampler"]["steps"]
-    cost = f"{scale:g} | {steps if scale == 1 else 2 * steps}"
-    return f"| {label} | {cost} | {corrected('frechet', row)} | {row['kernel']:.3f} | {row['agreement']:.1%} |"
+    cost = f"{scale:g}", str(steps if scale == 1 else 2 * steps)
+    return line(label, *cost, corrected("frechet", row), f"{row['kernel']:.3f}", f"{row['agreement']:.1%}")
 
 
 def cifar_table(results: Path) -> str:
     columns = "w | evaluations | Fréchet ↓ | 95 % interval, corrected | kernel ↓ | agreement ↑"
-    runs = json.loads((results / "guided_cifar10.json").read_text())["runs"]
-    lines = [cifar_line(label, row) for label, row in runs["cells"].items()]
-    last = runs["history"][-1]
+    runs = recorded(results, "guided_cifar10")
+    lines, last = [cifar_line(label, row) for label, row in runs["cells"].items()], runs["history"][-1]
     trained = f"{runs['parameters']:,} parameters, {last['epoch']} epochs, {last['cpu_seconds'] / 60:.0f} core minutes"
     note = f"A narrow network for a machine without GPU: {trained}. On the features of one frozen classifier."
     return titled("CIFAR-10, 32 × 32, 1,000 samples", columns, lines, note)
