@@ -15,7 +15,7 @@ import torch
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, load
 from .ema import EMAs
-from .fit import fit, recipe_options, validation_loss
+from .fit import fit, recipe_optimizer, recipe_options, validation_loss
 from .guidance import drop_labels
 from .precision import in_precision
 from .weights import Pretrained
@@ -142,13 +142,6 @@ def _fresh(config: DigitsConfig, streams: RandomStreams) -> Pretrained:
     trained.model.to(device())
     return trained
 
-
-def _optimizer(model: torch.nn.Module, config: DigitsConfig, steps: int) -> tuple[torch.optim.Adam, Any]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    if not config.one_cycle:
-        return optimizer, None
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, pct_start=0.1)
-
 # %% ../nbs/A2_1_digits.ipynb #ca548234
 def _loss(
     config: DigitsConfig, trained: Pretrained, denoiser: Callable[..., torch.Tensor], streams: RandomStreams
@@ -176,7 +169,7 @@ def digits_training(
     """Train a U-Net on digits, or finish what an interrupted call has left in the folder."""
     trained, (train, held_out) = _fresh(config, streams), (images.to(device()) for images in digits_data(config))
     denoiser = in_precision(trained.model, config.precision)
-    optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
+    optimizer, scheduler = recipe_optimizer(config, trained.model, len(train))
     ema = EMAs(trained.model, config.half_lives, "unbiased") if config.half_lives else None
 
     def validate() -> dict[str, Any]:

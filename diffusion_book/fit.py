@@ -26,7 +26,7 @@ from .schedule import Schedule
 from .train import TrainStep
 
 # %% auto #0
-__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit', 'recipe_options']
+__all__ = ['validation_loss', 'absolute_errors', 'epoch_batches', 'fit', 'recipe_optimizer', 'recipe_options']
 
 # %% ../nbs/53_fit.ipynb #7f9364e3
 def _even_times(schedule: Schedule, n: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +149,23 @@ def fit(
     run = Run(folder, config, parts | {"hidden": GlobalRandom()}, **options)
     steps = run.steps(loss_fn, epoch_batches(images, batch_size, streams.seed, epochs, run.step, augment), max_norm)
     return run.follow(_bar(steps, run, epochs) if bar and run.writes else steps)
+
+# %% ../nbs/53_fit.ipynb #a0baf6b6
+def recipe_optimizer(
+    config: Any,  # has learning_rate, one_cycle, epochs and batch_size; with weight_decay too, it is AdamW
+    model: nn.Module,
+    images: int,  # to train on
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """Adam or AdamW, and one cycle of the learning rate (Smith and Topin 2018) where the recipe wants it."""
+    rate, decay = config.learning_rate, getattr(config, "weight_decay", None)
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    if decay is not None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    if not config.one_cycle:
+        return optimizer, None
+    steps = max(1, config.epochs * (images // config.batch_size))
+    cycle = {"pct_start": 0.1, "cycle_momentum": decay is None}  # AdamW's stays: the published runs were made so
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, **cycle)
 
 # %% ../nbs/53_fit.ipynb #3b6434d2
 def recipe_options(

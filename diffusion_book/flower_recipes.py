@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load
-from .fit import absolute_errors, fit, recipe_options
+from .fit import absolute_errors, fit, recipe_optimizer, recipe_options
 from .flowers import eighty_twenty
 from .image_distances import flower_features, sliced_noise_share, sliced_wasserstein_distance
 from .metrics import kernel_distance, score_interval
@@ -113,14 +113,6 @@ def flowers_card(
     }
 
 # %% ../nbs/A2_2_flower_recipes.ipynb #794d65d9
-def _optimizer(model: torch.nn.Module, config: FlowersConfig, steps: int) -> tuple[torch.optim.AdamW, Any]:
-    rate = config.learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True)
-    if not config.one_cycle:
-        return optimizer, None
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
-
-
 def _validated(trained: Pretrained, denoiser: Any, x: Tensor, watch: Callable[[Pretrained], Any] | None) -> Any:
     trained.model.eval()  # running statistics, and they stay as they are
     found = absolute_errors(trained.diffusion, denoiser, x)
@@ -156,7 +148,7 @@ def flowers_training(
     trained = Pretrained.fresh(flowers_card(config, streams.seed, train), streams.initialisation)
     trained.model.to(device())
     diffusion, denoiser, noise = trained.diffusion, in_precision(trained.model, config.precision), streams.noise
-    optimizer, scheduler = _optimizer(trained.model, config, max(1, config.epochs * (len(train) // config.batch_size)))
+    optimizer, scheduler = recipe_optimizer(config, trained.model, len(train))
 
     def loss(_: Any, batch: Any) -> Tensor:
         return diffusion.loss(denoiser, batch[0], loss=config.loss, image_weight=config.image_weight, generator=noise)

@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch import Generator, Tensor
 
 from .core import RandomStreams, derive_seed, device, environment, preset_name
 from .data import Images, flip, load, random_crop
 from .diffusion import GaussianDiffusion
 from .ema import EMAs
-from .fit import fit, recipe_options, validation_loss
+from .fit import fit, recipe_optimizer, recipe_options, validation_loss
 from .guidance import drop_labels
 from .precision import in_precision
 from .weights import Pretrained
@@ -139,14 +137,6 @@ def _augmentation(config: PicturesConfig) -> Callable[[Tensor, Generator], Tenso
     return (lambda pixels, generator: cut(flip(pixels, generator), generator)) if config.flips else cut
 
 
-def _optimizer(config: PicturesConfig, model: nn.Module, images: int) -> tuple[AdamW, LRScheduler | None]:
-    rate, steps = config.learning_rate, config.epochs * max(1, images // config.batch_size)
-    optimizer = AdamW(model.parameters(), rate, weight_decay=config.weight_decay, fused=True)
-    if not config.one_cycle:
-        return optimizer, None
-    return optimizer, OneCycleLR(optimizer, rate, steps, pct_start=0.1, cycle_momentum=False)
-
-
 def _loss(config: PicturesConfig, diffusion: GaussianDiffusion, denoiser: Any, noise: Generator, null: int) -> Any:
     """Of (model, batch): labels hidden one by one, where the network takes any."""
 
@@ -174,7 +164,7 @@ def pictures_training(
     averages, x = EMAs(model, config.half_lives, "unbiased"), held_out.normalise(held_out.images[:1_000])
     labels = None if config.label_drop is None else held_out.labels[:1_000]
     loss = _loss(config, diffusion, denoiser, streams.noise, len(train.class_names))
-    optimizer, scheduler = _optimizer(config, model, len(train))
+    optimizer, scheduler = recipe_optimizer(config, model, len(train))
 
     def validate() -> dict[str, Any]:
         if watch is not None:
