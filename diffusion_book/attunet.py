@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, interpolate, max_pool2d, pad, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, gelu, interpolate, max_pool2d, pad, scaled_dot_product_attention, silu
 
 from .embed import SinusoidalEmbedding, check_images, check_range
 
@@ -177,7 +177,8 @@ class AttentionUNet(nn.Module):
         if y.is_floating_point() or y.dtype == torch.bool:
             raise TypeError(f"y must hold whole numbers (torch.int64); got {y.dtype}")
         check_range("y", y, 0, self.null_label)
-        return self.time(t) + pad(self.label.weight, (0, 0, 0, 1))[y.long()]
+        rows = pad(self.label.weight, (0, 0, 0, 1))
+        return self.time(t) + embedding(y.long(), rows)  # not rows[y]: threads add up its gradient in any order
 
     def forward(
         self,

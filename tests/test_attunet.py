@@ -464,3 +464,19 @@ def test_labels_without_classes() -> None:
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_several_threads_find_the_same_gradients_each_time() -> None:
+    """A run resumes bit for bit only if no thread's sum depends on who came first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = AttentionUNet(widths=(4, 8), num_classes=2, attention=(), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(1)
+        x, t, y = torch.randn(128, 3, 8, 8, generator=generator), torch.arange(1, 129), torch.arange(128) % 3
+        found = [torch.autograd.grad(model(x, t, y).square().sum(), list(model.parameters())) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    names = [name for name, _ in model.named_parameters()]
+    for again in found[1:]:
+        assert [name for name, a, b in zip(names, found[0], again, strict=True) if not torch.equal(a, b)] == []
