@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def recipe_optimizer(
     if not config.one_cycle:
         return optimizer, None
     steps = max(1, config.epochs * (images // config.batch_size))
-    cycle = {"pct_start": 0.1, "cycle_momentum": decay is None}  # AdamW's stays: the published runs were made so
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, **cycle)
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, pct_start=0.1)
+    return optimizer, cycle(optimizer, rate, steps, cycle_momentum=decay is None)  # AdamW's stays: so it was published
 
 # %% ../nbs/53_fit.ipynb #3b6434d2
 def recipe_options(
