@@ -1,5 +1,6 @@
 # Every target sets .venv up first (once). `make help` lists the targets.
 PYTHON ?= python3
+WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BIN := .venv/bin
@@ -32,13 +33,13 @@ book: $(READY)  ## run every chapter here at preset quick and render _book/index
 site: $(READY)  ## render the published edition from the committed outputs, nothing executed
 	$(BIN)/python tools/book.py site
 
-test: $(READY)  ## lint, types, export in step, then every test, notebook and page
+test: $(READY)  ## lint, types, export in step, then every test, notebook and page (WORKERS=2 at once)
 	@sh tools/ensure_browser.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_export.py
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 lab: $(READY)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -13,8 +13,18 @@ for folder in (ROOT / "tools", ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # with more threads than cores, all of them wait for each other
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 os.environ["MPLBACKEND"] = "Agg"  # figures drawn by tests open no window
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # kernels come from this environment, not from the user's folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several workers: a file's tests share what was trained or built for them; chapters fill the gaps at the end."""
+    for item in items:
+        if not item.name.startswith("test_chapter_runs"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
