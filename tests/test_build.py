@@ -301,10 +301,15 @@ def test_an_interrupted_build_says_so_and_leaves_no_kernel(small):
             time.sleep(0.1)
         building.send_signal(signal.SIGINT)
         said = building.communicate(timeout=30)[1]
-    assert building.returncode == 130
+    assert building.returncode == 130, said
     assert "goes on from there" in said and "Traceback" not in said
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
+
+
+def test_a_kernel_that_was_interrupted_first_is_no_failure(small):
+    notebooks.write_notebook(notebook(code("raise KeyboardInterrupt")), small / CHAPTERS[0])
+    assert book.main(["--root", str(small), "build"]) == 130
 
 
 def test_execute_write_leaves_what_nbdev_clean_leaves(small):

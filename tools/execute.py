@@ -80,6 +80,8 @@ def run_chapter(notebook: dict, name: str, folder: Path, root: Path) -> dict:
         except CellTimeoutError:
             raise BookError(_failure(name, fresh, at, f"not finished after {CELL_SECONDS} s")) from None
         except CellExecutionError as error:
+            if error.ename == "KeyboardInterrupt":  # Ctrl-C reached the kernel, too, and it answered first
+                raise KeyboardInterrupt from None
             raise BookError(_failure(name, fresh, at, _plain(error.traceback))) from None
         except (DeadKernelError, AssertionError) as error:
             if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient saw Ctrl-C and has stopped the kernel
