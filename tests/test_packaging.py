@@ -127,6 +127,8 @@ def test_wheel_holds_the_package_and_nothing_else(built: dict[str, Path], settin
     with zipfile.ZipFile(built["wheel"]) as archive:
         names = set(archive.namelist())
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
+        (commands,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert commands.split() == ["[console_scripts]", "diffusion-book", "=", "diffusion_book.cli:main"]
     tracked = {name for name in project_files() if name.startswith("diffusion_book/")}
     assert {name for name in names if ".dist-info/" not in name} == tracked
     assert "diffusion_book/py.typed" in tracked
@@ -168,6 +170,9 @@ print(json.dumps([sorted(module.__file__ for module in modules), modules[0].__ve
     files, version, heavy = json.loads(python("-W", "error::ImportWarning", "-c", code, executable=bare))
     assert version == settings["version"] and heavy == [], "nothing heavy was there to import"
     assert all(Path(file).is_relative_to(tmp_path) for file in files), "the wheel was imported, not this checkout"
+    (command,) = bare.parent.glob("diffusion-book*")  # what a reader types after pip install
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"})
+    assert done.returncode == 0 and "usage: diffusion-book" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
