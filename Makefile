@@ -17,7 +17,7 @@ help:  ## list the targets
 
 setup: $(READY)  ## install the library and its tools into .venv, at the versions of constraints.txt
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt
+$(READY): settings.ini setup.py pyproject.toml constraints.txt tests/requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python $(MIN) or newer, or say make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; need = tuple(map(int, "$(MIN)".split("."))); \
 	sys.exit(0 if sys.version_info >= need else f"Diffusion Book needs Python $(MIN) or newer, and $(PYTHON) is \
@@ -25,6 +25,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 	@echo "Installing the library and its tools into .venv: about 2 GB, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/requirements.txt
 	@touch $@
 
 book: $(READY)  ## run every chapter here at preset quick and render _book/index.html

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -399,6 +400,55 @@ def test_the_theme_button_turns_every_page_dark_and_figures_stay_bare(browser, b
         assert colours["contrast"] >= 4.5, f"{page}: text cannot be read in the dark"
         assert colours["coated"] == 0, f"{page}: {colours['coated']} pictures with a ground or a filter"
     browser.js("localStorage.clear()")
+
+
+# With axe-core
+
+
+AXE = """
+const done = arguments[arguments.length - 1];
+const told = v => `${v.id} (${v.impact}): ${v.nodes.length} times, such as ${v.nodes[0].html.slice(0, 150)}`;
+axe.run({exclude: arguments[0]}, {resultTypes: ['violations']}).then(
+  found => done(found.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(told)));
+"""
+THEME = """
+for (const key of ['mode', 'theme']) localStorage.setItem(key, arguments[0]);
+localStorage.setItem('quarto-color-scheme', arguments[0] === 'dark' ? 'alternate' : 'default');
+"""
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    spec = importlib.util.find_spec("axe_playwright_python")
+    if spec is None or not spec.origin:
+        message = "needs axe-core: pip install --no-deps -r tests/requirements.txt"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    return Path(spec.origin).with_name("axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser, book, axe, theme):
+    browser.open(book.base + "index.html")
+    browser.js(THEME, theme)
+    found = []
+    for page in book.pages:
+        browser.open(book.base + page)
+        assert (browser.js(COLOURS)["ground"] < 0.05) == (theme == "dark"), f"{page} is not {theme}"
+        browser.js(axe)
+        aside = [] if page == book.pages[3] else [[".highlight"]]  # the colours of code are the same everywhere
+        found += [f"{page}: {told}" for told in browser.driver.execute_async_script(AXE, aside)]
+    browser.js("localStorage.clear()")
+    assert found == []
+
+
+def test_axe_would_notice(browser, axe):
+    browser.driver.get(
+        "data:text/html,<html lang=en><title>x</title><main><h1>x</h1><img src=x><p style='color:%23aaa'>pale"
+    )
+    browser.js(axe)
+    found = browser.driver.execute_async_script(AXE, [])
+    assert sorted(told.partition(" ")[0] for told in found) == ["color-contrast", "image-alt"]
 
 
 # From a disk
