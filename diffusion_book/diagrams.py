@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .viz import COLORS
+
 # %% auto #0
 __all__ = ['Stage', 'trace_stages', 'unet_diagram']
 
@@ -22,15 +24,15 @@ class Stage(NamedTuple):
     kind: str  # class
     channels: int  # that it returns
     side: int  # height of what it returns, in pixels
-    bridges: tuple[int, ...]  # earlier stages whose answers stand in its input, beside that of the one before
+    bridge: int | None = None  # the earlier stage whose answer stands in its input, beside that of the one before
 
 
-def _starts(whole: Tensor, part: Tensor) -> bool:
-    """Whether a stretch of channels of one tensor is the other one."""
+def _holds(whole: Tensor, part: Tensor) -> bool:
+    """Whether the first or the last channels of one tensor are the other one."""
     if whole.shape[2:] != part.shape[2:] or whole.shape[1] <= part.shape[1]:
         return False
-    places = (0, whole.shape[1] - part.shape[1])  # concatenated in front, or behind
-    return any(torch.equal(whole[:, i : i + part.shape[1]], part) for i in places)
+    channels = part.shape[1]
+    return torch.equal(whole[:, :channels], part) or torch.equal(whole[:, -channels:], part)
 
 # %% ../nbs/A1_1_diagrams.ipynb #c2b4dc85
 @torch.no_grad()
@@ -44,8 +46,9 @@ def trace_stages(
     def note(name: str, child: nn.Module, given: tuple[Any, ...], answer: Any) -> None:
         if not isinstance(answer, Tensor) or answer.ndim != 4 or not isinstance(given[0], Tensor):
             return
-        far = tuple(i for i, (_, earlier) in enumerate(seen[:-1]) if _starts(given[0], earlier))
-        seen.append((Stage(name, type(child).__name__, answer.shape[1], answer.shape[2], far[-1:]), answer))
+        far = [i for i, (_, earlier) in enumerate(seen[:-1]) if _holds(given[0], earlier)]
+        stage = Stage(name, type(child).__name__, answer.shape[1], answer.shape[2], far[-1] if far else None)
+        seen.append((stage, answer))
 
     def hook(name: str) -> Any:
         return lambda child, given, answer: note(name, child, given, answer)
@@ -61,8 +64,8 @@ def trace_stages(
     return [stage for stage, _ in seen]
 
 # %% ../nbs/A1_1_diagrams.ipynb #2753fb3e
-_COLOURS = ("#3b82c4", "#d08a1e", "#2f9e77", "#9a6fc0", "#8a8f98", "#c2607d")  # by kind, in order of appearance
-_GREY = "#767a80"
+_KINDS = [COLORS[name] for name in ("blue", "orange", "green", "purple", "grey", "sky")]  # in order of appearance
+_GREY = COLORS["grey"]
 
 
 def _text(x: float, y: float, what: str, size: int = 11, anchor: str = "middle") -> str:
@@ -89,12 +92,12 @@ def unet_diagram(
     """A picture of a network, made by running it once. Errors as for `trace_stages`."""
     stages = trace_stages(model, *inputs)
     boxes, kinds = _boxes(stages), list(dict.fromkeys(stage.kind for stage in stages))
-    colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
+    colours = {kind: _KINDS[i % len(_KINDS)] for i, kind in enumerate(kinds)}
     sides = {stage.side: y + height / 2 for stage, (_, y, _, height) in zip(stages, boxes, strict=True)}
     parts = [_text(8, y + 4, f"{side} × {side}", anchor="start") for side, y in sides.items()]
     for stage, (x, y, width, height) in zip(stages, boxes, strict=True):
-        for far in stage.bridges:
-            x0, y0, w0, _ = boxes[far]
+        if stage.bridge is not None:
+            x0, y0, w0, _ = boxes[stage.bridge]
             curve = f"M{x0 + w0 / 2:.0f} {y0:.0f} C{x0 + w0 / 2:.0f} {y0 - 34:.0f} {x + width / 2:.0f} {y - 34:.0f}"
             parts.append(
                 f'<path d="{curve} {x + width / 2:.0f} {y:.0f}" fill="none" stroke="{_GREY}" stroke-width="1.5"/>'
@@ -108,6 +111,6 @@ def unet_diagram(
         parts.append(f'<rect x="{70 + 125 * i}" y="{bottom}" width="10" height="10" fill="{colours[kind]}"/>')
         parts.append(_text(84 + 125 * i, bottom + 9, kind, anchor="start"))
     wide = max(wide, 70 + 125 * len(kinds))
-    told = f"{type(model).__name__}: {len(stages)} stages, {sum(bool(s.bridges) for s in stages)} bridges"
+    told = f"{type(model).__name__}: {len(stages)} stages, {sum(s.bridge is not None for s in stages)} bridges"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {bottom + 20:.0f}" role="img"'
     return f'{head} width="100%" style="max-width:{wide:.0f}px"><title>{told}</title>{"".join(parts)}</svg>'

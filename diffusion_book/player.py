@@ -84,17 +84,18 @@ for(const s of this.querySelectorAll('input')){
   s.setAttribute('aria-valuetext',text);
   s.closest('div').querySelector('output').value=text}
 this.querySelectorAll('img').forEach((m,i)=>{m.hidden=i!==k;m.style.display=i===k?'block':'none'});
-const b=this.querySelector('button');
-if(b&&b.timer&&event.isTrusted)b.click()"""
+if(event.isTrusted)this.querySelectorAll('button').forEach(b=>b.timer&&b.click())"""
 _PLAY = """const b=this,row=b.closest('div'),s=row.querySelector('input'),on=!b.timer;
+const calm=matchMedia('(prefers-reduced-motion: reduce)').matches;
 const step=()=>{
   if(!b.isConnected)return;
   s.value=+s.value<+s.max?+s.value+1:0;
   s.dispatchEvent(new Event('input',{bubbles:true}));
-  b.timer=setTimeout(step,+b.dataset.wait+(s.value===s.max?+b.dataset.hold:0))};
-if(on)step();else{clearTimeout(b.timer);b.timer=0}
+  b.timer=setTimeout(step,Math.max(calm?1000:0,b.dataset.wait)+(s.value===s.max?+b.dataset.hold:0))};
+if(on){b.closest('figure').querySelectorAll('button').forEach(o=>o!==b&&o.timer&&o.click());step()}
+else{clearTimeout(b.timer);b.timer=0}
 b.textContent=on?'Pause':'Play';
-b.setAttribute('aria-label',b.textContent+' animation');
+b.setAttribute('aria-label',b.textContent+' '+b.dataset.what);
 row.querySelector('output').setAttribute('aria-live',on?'off':'polite')"""
 _START = """this.onload=null;
 if(!matchMedia('(prefers-reduced-motion: reduce)').matches)this.closest('figure').querySelector('button').click()"""
@@ -117,6 +118,12 @@ def _frame(image: Any, alt: str, shown: bool, onload: str | None) -> str:
     return _tag("img", None, src=_data_uri(image), alt=alt, **size)
 
 
+def _button(what: str, values: Sequence[str], fps: float, hold: float) -> str:
+    timing = {"data_wait": f"{1000 / fps:g}", "data_hold": f"{1000 * hold:g}", "data_what": what, "onclick": _PLAY}
+    button = _tag("button", "Play", type="button", aria_label=f"Play {what}", style=_BUTTON, **timing)
+    return button if len(values) > 1 else ""
+
+
 def _slider(label: str, values: Sequence[str], button: str) -> str:
     limits = {"min": 0, "max": len(values) - 1, "step": 1, "value": 0, "autocomplete": "off", "style": _WIDE}
     limits |= {"data_labels": json.dumps(list(values)), "aria_valuetext": values[0]}
@@ -128,29 +135,28 @@ def _slider(label: str, values: Sequence[str], button: str) -> str:
 # %% ../nbs/49_player.ipynb #c1b74107
 def player_html(
     images: Sequence[Any],  # PIL images of one size, one per combination; the last slider moves fastest
-    sliders: Mapping[str, Sequence[str]],  # the labels of each slider's positions; a lone slider gets a Play button
+    sliders: Mapping[str, Sequence[str]],  # the labels of each slider's positions; each slider gets a Play button
     alt: str,  # what is to be seen, for someone who cannot see it
     caption: str = "",  # plain text under the figure
     fps: float = 8,  # frames a second
     hold: float = 0,  # seconds that the last frame stays longer
     autoplay: bool = False,  # start alone, except for a reader who asked for less motion
     limit: int = 150_000,  # bytes
+    kind: str = "explorer",  # the figure's class, for style sheets
 ) -> str:
     """A figure in HTML that needs nothing but itself. ValueError for a wrong number of images or more than `limit`."""
     count, sizes = math.prod(len(labels) for labels in sliders.values()), {image.size for image in images}
     if count != len(images) or len(sizes) != 1:
         raise ValueError(f"need {count} images of one size; got {len(images)} with sizes {sorted(sizes)}")
-    button = ""
-    if len(sliders) == 1 and count > 1:
-        timing = {"data_wait": f"{1000 / fps:g}", "data_hold": f"{1000 * hold:g}", "onclick": _PLAY}
-        button = _tag("button", "Play", type="button", aria_label="Play animation", style=_BUTTON, **timing)
-    parts = []
+    parts, onload = [], _START if autoplay and count > 1 else None
     for i, values in enumerate(itertools.product(*sliders.values())):
         place = ", ".join(f"{name} = {value}" for name, value in zip(sliders, values, strict=True))
-        parts.append(_frame(images[i], f"{alt} ({place})", i == 0, _START if button and autoplay else None))
-    parts += [_slider(name, labels, button) for name, labels in sliders.items()]
+        parts.append(_frame(images[i], f"{alt} ({place})", i == 0, onload))
+    for name, labels in sliders.items():
+        what = name if kind == "explorer" else kind
+        parts.append(_slider(name, labels, _button(what, labels, fps, hold)))
     parts += [_tag("figcaption", escape(caption))] if caption else []
-    look = {"class_": "animation" if button else "explorer", "style": "margin:.5em 0", "oninput": _MOVE}
+    look = {"class_": kind, "style": "margin:.5em 0", "oninput": _MOVE}
     result = _tag("figure", "\n".join(parts), role="group", aria_label=alt, **look)
     if (size := len(result.encode())) > limit:
         cure = "take fewer frames, a smaller figure or fewer points in it"

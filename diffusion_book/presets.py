@@ -5,13 +5,15 @@
 # %% ../nbs/A2_presets.ipynb #b14f1f3e
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .core import RandomStreams, preset_name
+from .core import RandomStreams, data_dir, preset_name
 from .diffusion import GaussianDiffusion
 from .mlp import TimeMLP
 from .schedule import DiscreteSchedule, cosine_beta_schedule, linear_beta_schedule
@@ -19,7 +21,7 @@ from .toy import spiral
 from .train import TrainStep, point_batches, train_steps
 
 # %% auto #0
-__all__ = ['SpiralConfig', 'spiral_config', 'spiral_diffusion', 'spiral_training']
+__all__ = ['SpiralConfig', 'spiral_config', 'spiral_diffusion', 'spiral_training', 'run_folder']
 
 # %% ../nbs/A2_presets.ipynb #1a83117c
 @dataclass(frozen=True)
@@ -88,3 +90,13 @@ def spiral_training(
         model, lambda net, x: diffusion.loss(net, x, generator=streams.noise), batches, optimizer, scheduler=scheduler
     )
     return diffusion, model, steps
+
+# %% ../nbs/A2_presets.ipynb #33b82f1d
+def run_folder(
+    name: str,  # of the run, such as "27_digits"
+) -> Path | None:  # a folder of that name, or nothing below preset full
+    """Where a chapter's long training keeps its checkpoints: in `DIFFUSION_BOOK_RUNS`, else beside the data."""
+    if preset_name() not in {"full", "published"}:
+        return None
+    home = os.environ.get("DIFFUSION_BOOK_RUNS")
+    return (Path(home).expanduser() if home else data_dir() / "runs") / name

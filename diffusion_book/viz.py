@@ -20,7 +20,7 @@ COLORS = {
     "blue": "#0077bb",
     "orange": "#c27f00",
     "green": "#009e73",
-    "red": "#d55e00",
+    "red": "#c43131",
     "purple": "#c270a0",
     "sky": "#3d9bd1",
     "grey": "#7b7b7b",
@@ -190,4 +190,5 @@ def animate(
         raise ValueError(f"need at least one frame, fps > 0 and hold >= 0; got {len(values)}, {fps!r} and {hold!r}")
     labels = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     images = [to_image(draw(value)) for value in values]
-    return Animation(images, fps, hold, player_html(images, {name: labels}, alt, fps=fps, hold=hold, **options), alt)
+    html = player_html(images, {name: labels}, alt, fps=fps, hold=hold, kind="animation", **options)
+    return Animation(images, fps, hold, html, alt)

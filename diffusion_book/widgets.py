@@ -59,7 +59,7 @@ class Explorer:
             labels: to_image(draw(**self._values(labels))) for labels in itertools.product(*self.choices.values())
         }
         sliders = {name: list(values) for name, values in self.choices.items()}
-        self.html = player_html(list(self.frames.values()), sliders, alt, caption, limit=limit)
+        self.html = player_html(list(self.frames.values()), sliders, alt, caption, fps=1.5, limit=limit)
         self._view: Any = None
 
     def _values(self, labels: Sequence[str]) -> dict[str, Any]:
@@ -73,19 +73,27 @@ class Explorer:
             first = next(iter(self.frames.values()))
             size = ipywidgets.Layout(width=f"{first.width}px", max_width="100%", height="auto")
             picture = ipywidgets.Image(value=image_bytes(first), format="png", layout=size)
-            sliders = [
-                ipywidgets.SelectionSlider(options=list(self.choices[name]), description=name) for name in self.choices
-            ]
+            rows = [self._row(name, list(values)) for name, values in self.choices.items()]
 
             def redraw(_: Any) -> None:
-                labels = [slider.value for slider in sliders]
+                labels = [slider.value for _, slider in (row.children for row in rows)]
                 picture.value = image_bytes(to_image(self.draw(**self._values(labels))))
 
-            for slider in sliders:
-                slider.observe(redraw, names="value")
+            for row in rows:
+                row.children[1].observe(redraw, names="value")
             caption = [ipywidgets.HTML(escape(self.caption))] if self.caption else []
-            self._view = ipywidgets.VBox([picture, *sliders, *caption])
+            self._view = ipywidgets.VBox([picture, *rows, *caption])
         return self._view
+
+    @staticmethod
+    def _row(name: str, labels: list[str]) -> Any:
+        """A Play button and the slider that it moves, joined in the browser."""
+        import ipywidgets
+
+        slider = ipywidgets.SelectionSlider(options=labels, description=name)
+        play = ipywidgets.Play(min=0, max=len(labels) - 1, interval=1000)
+        ipywidgets.jslink((play, "value"), (slider, "index"))
+        return ipywidgets.HBox([play, slider])
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         picture = still(next(iter(self.frames.values())))

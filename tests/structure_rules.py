@@ -18,9 +18,9 @@ IDEA_BYTES, RUN_BYTES, ALL_BYTES, PLAYER_BYTES = 300_000, 700_000, 10_000_000, 1
 WEIGHT_BYTES, FILE_BYTES = 12_000_000, 1_000_000
 
 LEVELS = (
-    "core files folders player schedule embed ema guidance lenet tables precision compiled diagrams",
+    "core files folders player schedule embed ema guidance lenet tables precision compiled",
     "processes viz toy diffusion ideal mlp blocks resunet attunet data metrics petals words",
-    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export",
+    "unet train moves flowers inspection image_distances cifarnet checkpoint widgets export diagrams",
     "sampling ddim guards monitor",
     "run cards",
     "fit weights",

@@ -39,23 +39,22 @@ def test_a_bridge_is_found_by_its_numbers(front: bool) -> None:
         ("two", "Conv2d", 4, 6),
         ("three", "Conv2d", 2, 6),
     ]
-    assert [stage.bridges for stage in stages] == [(), (), (0,)]
+    assert [stage.bridge for stage in stages] == [None, None, 0]
 
 
 @pytest.mark.parametrize("levels", [(1, 2), (1, 2, 4), (1, 2, 2, 3)])
 def test_a_unet_has_a_bridge_for_each_level(levels: tuple[int, ...]) -> None:
     network = UNet(1, 8, 100, levels, generator=generator())
     stages = trace_stages(network, torch.randn(1, 1, 16, 16, generator=generator()), torch.tensor([5]))
-    found = {stage.name: stages[stage.bridges[0]].name for stage in stages if stage.bridges}
+    found = {stage.name: stages[stage.bridge].name for stage in stages if stage.bridge is not None}
     assert found == {f"up_{i}": f"down_{i}" for i in range(1, len(levels) + 1)}
-    for stage in stages:
-        assert all(stages[i].side == stage.side for i in stage.bridges)
+    assert all(stage.bridge is None or stages[stage.bridge].side == stage.side for stage in stages)
 
 
 def test_the_same_network_written_twice_is_the_same_picture() -> None:
     images, times = torch.randn(1, 1, 28, 28, generator=generator()), torch.tensor([5])
     nested, flat = UNet(1, 8, 100, generator=generator()), UNetFixed(1, 8, 100, generator=generator())
-    kinds = [[(s.kind, s.channels, s.side, s.bridges) for s in trace_stages(n, images, times)] for n in (nested, flat)]
+    kinds = [[(s.kind, s.channels, s.side, s.bridge) for s in trace_stages(n, images, times)] for n in (nested, flat)]
     assert kinds[0] == kinds[1]
 
 

@@ -154,7 +154,7 @@ def test_sliders_are_native_labelled_and_spoken():
     assert tags.of("input")[1]["aria-valuetext"] == "a<b"
     assert [output["aria-live"] for output in tags.of("output")] == ["polite", "polite"]
     assert len(tags.of("label")) == 2 and "<figcaption>Try &amp; see</figcaption>" in explorer()
-    assert tags.of("figure")[0]["class"] == "explorer" and not tags.of("button")
+    assert tags.of("figure")[0]["class"] == "explorer"
 
 
 def test_nothing_is_fetched_and_nothing_is_shared():
@@ -168,8 +168,16 @@ def test_nothing_is_fetched_and_nothing_is_shared():
     assert not tags.of("script") and not tags.of("style") and "\n\n" not in text
 
 
-def test_one_slider_gets_a_play_button_with_its_timing():
-    tags = Tags(player_html([plain(1), plain(2)], {"frame": ["0", "1"]}, "Two", fps=4, hold=1.5))
+def test_each_slider_with_a_choice_gets_a_play_button_of_its_own():
+    names = [button["aria-label"] for button in Tags(explorer()).of("button")]
+    assert names == ["Play t", "Play kind"]
+    alone = player_html([plain(1), plain(2)], {"one": ["0"], "two": ["0", "1"]}, "Two")
+    assert [button["aria-label"] for button in Tags(alone).of("button")] == ["Play two"]
+
+
+def test_an_animation_gets_a_play_button_with_its_timing():
+    two = [plain(1), plain(2)]
+    tags = Tags(player_html(two, {"frame": ["0", "1"]}, "Two", fps=4, hold=1.5, kind="animation"))
     (button,) = tags.of("button")
     assert (button["type"], button["aria-label"]) == ("button", "Play animation")
     assert (float(button["data-wait"]), float(button["data-hold"])) == (250, 1500)
@@ -247,7 +255,8 @@ def test_sliders_move_by_keyboard(tmp_path):
 
 
 def three(**options) -> str:
-    return player_html([plain(s) for s in (10, 90, 170)], {"frame": ["0", "1", "2"]}, "P", fps=20, **options)
+    shades = [plain(s) for s in (10, 90, 170)]
+    return player_html(shades, {"frame": ["0", "1", "2"]}, "P", fps=20, kind="animation", **options)
 
 
 def wait_for(driver, change, seconds: float = 5) -> bool:
@@ -291,6 +300,34 @@ def test_play_pause_and_autoplay(tmp_path, motion):
         button = driver.find_element("css selector", "button")
         started = wait_for(driver, lambda: button.text == "Pause", 1)
         assert started == (motion == "no-preference")
+
+
+@pytest.mark.browser
+def test_one_slider_plays_at_a_time(tmp_path):
+    with chromium(tmp_path / "profile") as driver:
+        driver.get(page(tmp_path, explorer()))
+        t, kind = driver.find_elements("css selector", "button")
+        t.click()
+        assert wait_for(driver, lambda: "A plain <colour> (t = 1, kind = a<b)" in visible(driver))
+        kind.click()
+        assert (t.text, kind.text) == ("Play", "Pause")
+        assert wait_for(driver, lambda: any("say" in shown for shown in visible(driver)))
+        driver.find_elements("css selector", "input")[0].send_keys("\ue011")  # Home: the reader takes over
+        assert (t.text, kind.text) == ("Play", "Play")
+
+
+@pytest.mark.browser
+def test_who_wants_less_motion_gets_a_second_for_each_frame(tmp_path):
+    clock = "window.seen = []; document.querySelector('figure').addEventListener('input', () => seen.push(Date.now()))"
+    with chromium(tmp_path / "profile") as driver:
+        feature = [{"name": "prefers-reduced-motion", "value": "reduce"}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
+        driver.get(page(tmp_path, three()))
+        driver.execute_script(clock)
+        driver.find_element("css selector", "button").click()
+        assert wait_for(driver, lambda: driver.execute_script("return seen.length") >= 3)
+        first, second, third = driver.execute_script("return seen")[:3]
+        assert min(second - first, third - second) > 950
 
 
 @pytest.mark.browser

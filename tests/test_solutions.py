@@ -20,11 +20,29 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
     "A5_3_solutions": ("Part III:",),
     "A5_4_solutions": ("Part IV:",),
     "A5_5_solutions": (
-        *("49_player", "50_explore", "51_precision", "51_1_compile", "52_1_guards", "52_2_monitor", "52_3_run"),
+        *(
+            "46_moves",
+            "49_player",
+            "50_explore",
+            "51_precision",
+            "51_1_compile",
+            "52_1_guards",
+            "52_2_monitor",
+            "52_3_run",
+        ),
         *("53_fit", "53_1_processes", "54_export"),
     ),
     "A5_6_solutions": (
-        *("A1_viz", "A2_presets", "A2_1_digits", "A2_2_flower_recipes", "A2_3_pictures", "A3_1_cards", "A3_weights"),
+        *(
+            "A1_viz",
+            "A1_1_diagrams",
+            "A2_presets",
+            "A2_1_digits",
+            "A2_2_flower_recipes",
+            "A2_3_pictures",
+            "A3_1_cards",
+            "A3_weights",
+        ),
     ),
     "A5_7_solutions": (
         *("A4_1_words", "A4_2_opening", "A4_3_outputs", "A4_4_small_runs", "A4_5_plans", "A4_6_commands", "A4_cli"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,30 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("name", ["blue", "orange", "green", "red", "purple", "sky", "grey"])
 def test_every_colour_reads_on_light_and_dark(name, page):
     assert contrast(COLORS[name], page) >= (4 if name == "grey" else 2.9)
+
+
+# Machado, Oliveira and Fernandes (2009): what eyes without the red or the green receptor see, in linear colours
+MISSING = {
+    "none": np.eye(3),
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}
+
+
+def lab(color: str, view: list) -> np.ndarray:
+    """CIE Lab of a colour as an eye sees it: a space in which distance says how different colours look."""
+    stored = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(stored <= 0.04045, stored / 12.92, ((stored + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ (np.array(view) @ linear).clip(0, 1) / to_xyz.sum(1))
+    assert min(x, y, z) > 6 / 29  # the branch of the definition for all but the darkest
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_no_two_colours_look_alike_to_any_kind_of_eye(missing):
+    seen = [lab(color, MISSING[missing]) for color in COLORS.values()]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 10
 
 
 def test_style_is_transparent_and_grey():

@@ -47,7 +47,8 @@ def test_three_media_types_show_one_picture():
 def test_the_live_view_draws_anew():
     state = {"extra": 0}
     explorer = Explorer(lambda a, b: shade(a + state["extra"], b), a=[1, 2, 5], b=[3, 4], caption="Try <it>")
-    picture, first, second, caption = explorer.widget().children
+    picture, *rows, caption = explorer.widget().children
+    first, second = (row.children[1] for row in rows)
     assert pixel(picture.value) == (10, 30) and caption.value == "Try &lt;it&gt;"
     state["extra"] = 10
     first.value = "5"
@@ -58,9 +59,18 @@ def test_the_live_view_draws_anew():
     assert (first.description, picture.layout.width) == ("a", "30px")
 
 
+def test_the_live_view_plays_each_slider(monkeypatch):
+    joined = []
+    monkeypatch.setattr("ipywidgets.jslink", lambda source, target: joined.append((source, target)))
+    rows = Explorer(shade, a=[1, 2, 5], b=[3, 4]).widget().children[1:]
+    plays, sliders = zip(*(row.children for row in rows), strict=True)
+    assert [(play.min, play.max) for play in plays] == [(0, 2), (0, 1)]
+    assert joined == [((play, "value"), (slider, "index")) for play, slider in zip(plays, sliders, strict=True)]
+
+
 def test_the_live_view_leaves_no_figures_open():
     explorer = Explorer(lambda n: plt.figure(figsize=(1, n)), n=[1, 1.0001])
-    explorer.widget().children[1].value = "1.0001"
+    explorer.widget().children[1].children[1].value = "1.0001"
     assert plt.get_fignums() == []
 
 

@@ -76,6 +76,14 @@ def front_page(folder: Path, contents: Contents) -> str:
     return "\n\n".join([text.strip(), *(_toctree(part.title, part.chapters) for part in contents.parts)]) + "\n"
 
 
+def lost_page(folder: Path) -> str:
+    """The page for addresses that lead nowhere; it stands in no table of contents."""
+    text = (folder / "404.qmd").read_text(encoding="utf-8")
+    title = yaml.safe_load(text.split("---")[1])["title"]
+    body = _FRONT.sub("", text).replace("(index.qmd)", "(index.md)")
+    return f"---\norphan: true\nnosearch: true\n---\n\n# {title}\n\n{body.strip()}\n"
+
+
 def _toctree(title: str, chapters: tuple[str, ...]) -> str:
     caption = [f":caption: {title}"] if title else []
     names = [chapter.rpartition(".")[0] for chapter in chapters]

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import unquote
 
 from contents import BookError, Contents
-from pages import front_page
+from pages import front_page, lost_page
+from PIL import Image
 
 TOOLS = Path(__file__).resolve().parent
-OWN = ("contents.py", "notebooks.py", "pages.py", "render.py", "stage.py")
+OWN = ("citations.py", "contents.py", "notebooks.py", "pages.py", "render.py", "stage.py")
 STAMP = ".rendered"
 _SPHINX = ("sphinx", "myst-nb", "myst-parser", "sphinx-book-theme", "pydata-sphinx-theme", "sphinx-mathjax-offline")
 _REMOTE_TAGS = re.compile(
@@ -76,7 +78,8 @@ def _quarto(stage: Path, pages: Path) -> None:
     _call(["quarto", "render", str(stage), "--to", "html"], stage, "Quarto", QUARTO_PYTHON=sys.executable)
     shutil.move(stage / "_book", pages)
     for path in pages.rglob("*.html"):
-        path.write_text(without_remote(path.read_text(encoding="utf-8")), encoding="utf-8")
+        text = without_remote(path.read_text(encoding="utf-8"))
+        path.write_text(with_sizes(text, path.parent), encoding="utf-8")
 
 
 def without_remote(html: str) -> str:
@@ -84,9 +87,37 @@ def without_remote(html: str) -> str:
     return _REMOTE_TAGS.sub("", html)
 
 
+def with_sizes(html: str, folder: Path) -> str:
+    """The page with width and height on every picture of its own, so that the text stays where it is when they come."""
+
+    def sized(match: re.Match[str]) -> str:
+        tag = match[0]
+        address = re.search(r'\bsrc="([^":]+)"', tag)
+        if not address or re.search(r"\b(width|height)=", tag):
+            return tag
+        size = picture_size(folder / unquote(address[1]))
+        return f'<img width="{size[0]}" height="{size[1]}"{tag[4:]}' if size else tag
+
+    return re.sub(r"<img\b[^>]*>", sized, html)
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels, or None where nothing says so."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".svg":
+        head = path.read_text(encoding="utf-8")[:1000]
+        found = [re.search(rf'\b{name}="([\d.]+)"', head) for name in ("width", "height")]
+        return (round(float(found[0][1])), round(float(found[1][1]))) if found[0] and found[1] else None
+    with Image.open(path) as image:
+        return image.size
+
+
 def _plain(stage: Path, build: Path, pages: Path, contents: Contents) -> None:
     """The plain edition: every warning is an error, so a broken link stops the build."""
     (stage / "index.md").write_text(front_page(stage, contents), encoding="utf-8")
+    if (stage / "404.qmd").is_file():
+        (stage / "404.md").write_text(lost_page(stage), encoding="utf-8")
     options = [
         "-b",
         "html",
@@ -101,6 +132,8 @@ def _plain(stage: Path, build: Path, pages: Path, contents: Contents) -> None:
     ]
     command = [sys.executable, "-m", "sphinx", *options, str(stage), str(pages)]
     _call(command, stage, "Sphinx", DIFFUSION_BOOK_STAGE=str(stage))
+    for path in pages.rglob("*.html"):
+        path.write_text(with_sizes(path.read_text(encoding="utf-8"), path.parent), encoding="utf-8")
     if (stage / "assets").is_dir():
         shutil.copytree(stage / "assets", pages / "assets", dirs_exist_ok=True)
 

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 from urllib.parse import unquote
 
+from citations import by_address, read_entries
 from contents import BookError, Contents, read_settings, repository_url
 from notebooks import source, write_notebook
 
-COPIED = ("_quarto.yml", "settings.ini", "references.bib", "LICENSE")
+COPIED = ("_quarto.yml", "404.qmd", "settings.ini", "references.bib", "LICENSE")
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*:|//", re.IGNORECASE)
 _BADGE = re.compile(r"\[!\[[^\]]*\]\(https?://[^)]*\)\]\([^)]*\)[ \t]*\n?|!\[[^\]]*\]\(https?://[^)]*\)[ \t]*\n?")
 _LINK = re.compile(
@@ -50,13 +51,18 @@ def _linked(notebook: dict, path: str, links: Links) -> dict:
 
 
 class Links:
-    """Where the relative links of a page lead: to a chapter, a picture, or a file of the repository on the web."""
+    """Where the links of a page lead: to a chapter, a picture, a file of the repository on the web, or a publication.
+
+    A link to a publication of references.bib gets its authors, year and place as a tooltip.
+    """
 
     def __init__(self, root: Path, contents: Contents):
         settings = read_settings(root)
         self.broken: list[str] = []
         self.root = root.resolve()
         self.pages = {self.root / path for path in contents.chapters}
+        references = self.root / "references.bib"
+        self.publications = by_address(read_entries(references)) if references.is_file() else {}
         self.web = f"{repository_url(settings)}/blob/{settings.get('branch', 'main')}"
 
     def resolve(self, text: str, page: str) -> str:
@@ -77,7 +83,10 @@ class Links:
         head = match["head"]
         if not head.startswith("!") and "![" in head:  # a picture that is a link: both addresses count
             head = "[" + self.resolve(head[1:-2], page) + "]("
-        return f"{head}{self._target(match['target'], page, image=head.startswith('!'))}{match['tail']}"
+        tail = match["tail"]
+        if (entry := self.publications.get(match["target"])) and tail == ")":
+            tail = f' "{entry.full.replace(chr(34), chr(39))}")'
+        return f"{head}{self._target(match['target'], page, image=head.startswith('!'))}{tail}"
 
     def _target(self, target: str, page: str, image: bool) -> str:
         """The address to write for `target`."""

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
 import sys
+from html import escape
 from pathlib import Path
+
+import yaml
 
 HERE = Path(__file__).resolve().parent
 STAGE = Path(os.environ["DIFFUSION_BOOK_STAGE"])
@@ -14,13 +18,14 @@ from pages import for_myst  # noqa: E402
 
 _settings = read_settings(STAGE)
 _repository = repository_url(_settings)
+_book = yaml.safe_load((STAGE / "_quarto.yml").read_text(encoding="utf-8"))["book"]
 
 project = read_contents(STAGE).title
 author = _settings["author"]
 version = release = _settings["version"]
 language = "en"
 root_doc = "index"
-include_patterns = ["index.md", "nbs/**"]
+include_patterns = ["index.md", "404.md", "nbs/**"]
 
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 nb_execution_mode = "off"
@@ -68,5 +73,23 @@ def _read(app, docname, text):
         text[0] = json.dumps(for_myst(json.loads(text[0]), docname))
 
 
+def _card(app, page, template, context, doctree):
+    """What other sites show of a link to this page: its title, the book's description and its picture."""
+    home = _book.get("site-url", "")
+    tags = {
+        "og:type": "book",
+        "og:site_name": project,
+        "og:title": re.sub(r"<[^>]+>", "", context.get("title", "")) or project,
+        "og:description": _book.get("description", ""),
+        "og:url": f"{home}{page}.html",
+        "og:image": f"{home}{_book.get('image', '')}",
+        "og:image:alt": _book.get("image-alt", ""),
+        "twitter:card": "summary_large_image",
+    }
+    lines = [f'<meta property="{name}" content="{escape(str(text), quote=True)}">' for name, text in tags.items()]
+    context["metatags"] = "\n".join([context.get("metatags", ""), *lines])
+
+
 def setup(app):
     app.connect("source-read", _read)
+    app.connect("html-page-context", _card)

@@ -19,3 +19,10 @@ window.addEventListener("load", () => {
     window.addEventListener("resize", boxWideFormulas);
   });
 });
+
+// The sidebar holds more than its list of chapters: a landmark of its own, for those who jump from one to the next.
+window.addEventListener("DOMContentLoaded", () => {
+  const bar = document.querySelector(".bd-sidebar-primary");
+  bar?.setAttribute("role", "complementary");
+  bar?.setAttribute("aria-label", "Title, search and contents");
+});
