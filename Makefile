@@ -10,7 +10,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book site test lab bench fix hooks clean
+.PHONY: help setup book site test colab lab bench fix hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ test: $(READY)  ## lint, types, export in step, then every test, notebook and pa
 	$(BIN)/mypy
 	$(BIN)/python tools/check_export.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+colab: $(READY)  ## every chapter with the front end that Colab has, installed by its set-up cell
+	COLAB_CHAPTERS=all $(BIN)/python -m pytest tests/test_colab.py $(PYTEST_ARGS)
 
 lab: $(READY)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -102,7 +102,7 @@ class Schedule(ABC):
     def grid(self, steps: int, spacing: str = "trailing") -> Tensor:
         """The `steps` + 1 decreasing times a sampler visits, `clean` last (Lin et al. 2024, table 2).
 
-        Spacing "trailing", "linear" or "leading" (which misses the noisiest time); ValueError for any other.
+        Spacing "trailing", "linear" or "leading" (which misses the noisiest time unless steps = T); ValueError for any other.
         """
         _check_steps("steps", steps)
         if spacing not in ("trailing", "linear", "leading"):

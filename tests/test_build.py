@@ -334,6 +334,23 @@ def test_execute_write_leaves_what_nbdev_clean_leaves(small):
     assert path.read_bytes() == written
 
 
+def test_prose_written_while_a_chapter_runs_is_kept_and_changed_code_refused(small, monkeypatch):
+    path, runner = small / CHAPTERS[0], Runner()
+
+    def busy(given: dict, *rest) -> dict:
+        edit(path, *change)
+        return runner(given, *rest)
+
+    monkeypatch.setattr(execute, "run_chapter", busy)
+    monkeypatch.setattr(execute, "_nbdev_clean", lambda *_: None)
+    change = ("a line", "another line")
+    execute.rewrite_chapters(small, small / "_build", CHAPTERS[:1])
+    assert "another line" in path.read_text() and "out of 01_one" in path.read_text()
+    change = ("print(1)", "print(11)")
+    with pytest.raises(contents.BookError, match="its code has changed while it ran"):
+        execute.rewrite_chapters(small, small / "_build", CHAPTERS[:1])
+
+
 def test_execute_names_must_exist(small, capsys):
     assert book.main(["--root", str(small), "execute", "03_three"]) == 1
     assert "03_three" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def color(driver: Any, picture: Any) -> list[int]:
 
 
 @pytest.mark.lab
-def test_a_key_press_in_jupyterlab_calls_draw(tmp_path, root):
+def test_a_key_press_and_play_in_jupyterlab_call_draw(tmp_path, root):
     pytest.importorskip("jupyterlab")
     from selenium.webdriver.common.keys import Keys
 
@@ -133,4 +133,6 @@ def test_a_key_press_in_jupyterlab_calls_draw(tmp_path, root):
         wait("a seventh call of draw shows", lambda: color(driver, picture) == [60, 40, 7], 15)
         green.send_keys(Keys.ARROW_RIGHT)
         wait("an eighth call of draw shows", lambda: color(driver, picture) == [60, 80, 8], 15)
+        driver.find_elements("css selector", ".widget-play button")[0].click()  # of the first slider
+        wait("Play moves on by itself", lambda: color(driver, picture) == [70, 80, 9], 15)
         assert requests(driver) == []

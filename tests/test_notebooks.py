@@ -8,7 +8,9 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import nbformat
 import pytest
@@ -51,14 +53,23 @@ def surroundings(folder: Path) -> dict[str, str]:
     }
 
 
-def run(path: Path, folder: Path, budget: float = BUDGET) -> tuple[nbformat.NotebookNode, float]:
+def run(
+    path: Path,
+    folder: Path,
+    budget: float = BUDGET,
+    kernel: str = "python3",
+    extra: Mapping[str, str | None] = MappingProxyType({}),  # for the environment; None takes a variable away
+) -> tuple[nbformat.NotebookNode, float]:
     """Run a notebook in place in a fresh kernel; return it with its outputs, and the seconds it took."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    client = NotebookClient(notebook, timeout=int(budget), kernel_name="python3", resources=resources)
+    client = NotebookClient(notebook, timeout=int(budget), kernel_name=kernel, resources=resources)
+    if "JUPYTER_PATH" in extra:  # where another kernel is found
+        client.create_kernel_manager().kernel_spec_manager.kernel_dirs.append(f"{extra['JUPYTER_PATH']}/kernels")
+    environment = surroundings(folder) | extra
     started = time.perf_counter()
     try:
-        client.execute(env=surroundings(folder))
+        client.execute(env={name: value for name, value in environment.items() if value is not None})
     except CellExecutionError as error:
         pytest.fail(f"{path.name}, cell {failed_cell(notebook)}:\n{ANSI.sub('', str(error))}", pytrace=False)
     except CellTimeoutError:
@@ -87,13 +98,24 @@ def complaints(notebook: nbformat.NotebookNode, name: str) -> list[str]:
     return wrong
 
 
+def moves(chapter: Path) -> bool:
+    """Whether a chapter has a figure that moves; tests/test_colab.py runs those, with an older front end."""
+    cells = nbformat.read(chapter, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    return not chapter.stem.startswith("A5_") and bool(re.search(r"(?<!def )\b(Explorer|animate)\(", code))
+
+
+# Each chapter runs once: here, or as on Colab. CHAPTERS=all runs all of them here.
+STILL = [chapter for chapter in CHAPTERS if os.environ.get("CHAPTERS") == "all" or not moves(chapter)]
+
+
 def test_there_are_chapters() -> None:
-    assert CHAPTERS
+    assert len(CHAPTERS) >= len(STILL) > len(CHAPTERS) / 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * BUDGET)
-@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("chapter", STILL, ids=lambda path: path.stem)
 def test_chapter_runs(chapter: Path, tmp_path: Path) -> None:
     notebook, seconds = run(lay_out(chapter, tmp_path), tmp_path)
     wrong = complaints(notebook, chapter.name)

@@ -108,6 +108,13 @@ def test_explorers_are_in_every_part() -> None:
     assert {name[0] for name in homes} >= set("02345")  # the first digit tells the part, 46 and later are tools
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_explorers_say_what_to_try(name: str) -> None:
+    shown = [output.get("data", {}) for cell in ALL[name]["cells"] for output in cell.get("outputs", [])]
+    figures = [text for data in shown if 'class="explorer"' in (text := "".join(data.get("text/html", "")))]
+    assert all("<figcaption>" in text for text in figures)
+
+
 # What is noticed
 
 

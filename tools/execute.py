@@ -168,7 +168,10 @@ def rewrite_chapters(root: Path, build: Path, chapters: Iterable[str]) -> None:
         _say(f"[{number:2}/{len(chapters)}] {Path(path).stem} ... ", end="")
         notebook = read_notebook(root / path)
         executed = run_chapter(notebook, Path(path).stem, build / "run" / Path(path).parent, root)
-        fresh = graft_outputs(notebook, executed)
+        now = read_notebook(root / path)  # prose may have been edited meanwhile
+        if list(map(source, code_cells(now))) != list(map(source, code_cells(notebook))):
+            raise BookError(f"{path}: its code has changed while it ran; nothing is written, execute it again")
+        fresh = graft_outputs(now, executed)
         for index, cell in enumerate(fresh["cells"]):
             cell.setdefault("id", hashlib.sha256(f"{path} {index}".encode()).hexdigest()[:8])
         write_notebook(fresh, root / path)

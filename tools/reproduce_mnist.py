@@ -46,7 +46,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {  # the same weights, drawn in other ways
     "as it is": {},
     "without gain": {"gain": None},
     "forward variance": {"variance": "forward"},
-    "without clipping": {"gain": None, "clip": None},
+    "without gain and clipping": {"gain": None, "clip": None},
     "10 steps": {"steps": 10},
     "50 steps": {"steps": 50},
     "100 steps": {"steps": 100},
