@@ -37,7 +37,7 @@ def shows_a_picture(cell: Mapping[str, Any]) -> bool:
     if cell["cell_type"] == "markdown":
         return bool(re.search(r"(?<!\[)!\[[^\]]+\]\(\.\./assets/", source(cell)))
     kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
-    return bool(kinds & {"image/png", "image/svg+xml"})
+    return bool(kinds & {"image/png", "image/jpeg", "image/svg+xml"})
 
 
 def opening(notebook: Notebook) -> list[str]:
