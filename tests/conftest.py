@@ -20,13 +20,6 @@ os.environ["MPLBACKEND"] = "Agg"  # figures drawn by tests open no window
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # kernels come from this environment, not from the user's folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several workers: a file's tests share what was trained or built for them; chapters fill the gaps at the end."""
-    for item in items:
-        if not item.name.startswith("test_chapter_runs"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""

@@ -82,7 +82,7 @@ return {paint, loaded, unsized: [...document.querySelectorAll('main img')].filte
 AXE = """
 const done = arguments[arguments.length - 1];
 const told = v => `${v.id} (${v.impact}): ${v.nodes.length} times, such as ${v.nodes[0].html.slice(0, 150)}`;
-axe.run({exclude: arguments[0]}, {resultTypes: ['violations']}).then(
+axe.run({exclude: arguments[0]}, {resultTypes: ['violations'], ...(arguments[1] && {runOnly: arguments[1]})}).then(
   found => done(found.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(told)));
 """
 THEME = """
