@@ -18,7 +18,8 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-BUDGET = 60.0  # seconds a notebook, on two CPU cores
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+BUDGET = 60.0 * WORKERS  # 60 seconds a notebook that has two CPU cores to itself; here it shares them
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NOWHERE = "http://127.0.0.1:9"  # a port that answers nobody
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -36,8 +37,7 @@ def lay_out(notebook: Path, folder: Path) -> Path:
 
 def surroundings(folder: Path) -> dict[str, str]:
     """The kernel's environment: preset tiny, own data and profile folders, no way out to the network."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
     env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     env |= {key: NOWHERE for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
     env |= dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1,localhost")  # a chapter may serve itself
