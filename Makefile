@@ -40,7 +40,7 @@ test: $(READY)  ## lint, types, export in step, then every test, notebook and pa
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/check_export.py
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 colab: $(READY)  ## every chapter with the front end that Colab has, installed by its set-up cell
 	COLAB_CHAPTERS=all $(BIN)/python -m pytest tests/test_colab.py $(PYTEST_ARGS)

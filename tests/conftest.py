@@ -19,6 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # with more threads than cores, all of 
 os.environ["MPLBACKEND"] = "Agg"  # figures drawn by tests open no window
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # kernels come from this environment, not from the user's folder
 
+LONGEST = ("test_notebooks", "test_colab", "test_book")  # a file stays with one worker: begun last, it ends alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others fill the gaps."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

@@ -49,6 +49,7 @@ VISIBLE = """
 return [...arguments[0].querySelectorAll('img, canvas')].filter(e => e.checkVisibility()).map(
   e => e.toDataURL ? e.toDataURL() : e.src + e.style.cssText).join();
 """
+HURRY = "Object.assign(arguments[0].dataset, {wait: 100, hold: 0})"
 COLOURS = r"""
 const channels = text => text.match(/[\d.]+/g).map(Number);
 const solid = e => {
