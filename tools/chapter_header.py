@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BADGE_START = "[![Open in Colab]"
 SETUP_MARK = "%pip install"
+EXTRAS = {"54_export.ipynb": "export", "A5_5_solutions.ipynb": "export"}  # what these need beside "notebook"
 Notebook = dict[str, Any]
 
 
@@ -35,12 +36,13 @@ def badge(name: str, cfg: dict[str, str]) -> str:
     return f"{BADGE_START}(../assets/open-in-colab.svg)](https://colab.research.google.com/github/{where})"
 
 
-def pip_requirement(cfg: dict[str, str]) -> str:
-    """What the set-up cell asks pip for: the library and its notebook extra, from the main branch."""
-    return f"{cfg['lib_name']}[notebook] @ git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
+def pip_requirement(name: str, cfg: dict[str, str]) -> str:
+    """What the set-up cell of a notebook file asks pip for: the library and its extras, from the main branch."""
+    extras = ",".join(["notebook", *filter(None, [EXTRAS.get(name)])])
+    return f"{cfg['lib_name']}[{extras}] @ git+https://github.com/{cfg['user']}/{cfg['repo']}@{cfg['branch']}"
 
 
-def setup_source(cfg: dict[str, str]) -> str:
+def setup_source(name: str, cfg: dict[str, str]) -> str:
     """The set-up cell: installs the library where it is missing, touches nothing where it is there."""
     return "\n".join(
         [
@@ -48,7 +50,7 @@ def setup_source(cfg: dict[str, str]) -> str:
             "import importlib.util",
             "",
             f'if importlib.util.find_spec("{cfg["lib_name"]}") is None:',
-            f'    {SETUP_MARK} -q "{pip_requirement(cfg)}"',
+            f'    {SETUP_MARK} -q "{pip_requirement(name, cfg)}"',
         ]
     )
 
@@ -72,7 +74,7 @@ def complaints(notebook: Notebook, name: str, cfg: dict[str, str]) -> list[str]:
     badges = [line for cell in cells for line in source(cell).splitlines() if line.startswith(BADGE_START)]
     if badges != [badge(name, cfg)] or badge(name, cfg) not in lines:
         wrong.append(f"{name}: the first cell, and no other, must hold the badge {badge(name, cfg)}; found {badges}")
-    if source(cells[1]) != setup_source(cfg):
+    if source(cells[1]) != setup_source(name, cfg):
         wrong.append(f"{name}: the second cell is not the set-up cell")
     if cells[1].get("outputs"):
         wrong.append(f"{name}: the set-up cell has outputs, so it installed something; run the notebook again")
@@ -93,7 +95,7 @@ def corrected(notebook: Notebook, name: str, cfg: dict[str, str]) -> Notebook:
     else:
         lines += ["", badge(name, cfg)]
     cells[0]["source"] = "\n".join(lines).splitlines(keepends=True)
-    text = setup_source(cfg).splitlines(keepends=True)
+    text = setup_source(name, cfg).splitlines(keepends=True)
     if len(cells) > 1 and cells[1]["cell_type"] == "code" and 'find_spec("' in source(cells[1]):
         cells[1].update(source=text, outputs=[])
     else:
