@@ -80,10 +80,11 @@ const loaded = performance.getEntriesByType('resource').map(e => e.name).filter(
 return {paint, loaded, unsized: [...document.querySelectorAll('main img')].filter(
   i => !(i.getAttribute('width') && i.getAttribute('height'))).map(i => i.src.slice(-60))};
 """
+PLAIN_CODE = "for (const code of document.querySelectorAll('.highlight pre, pre.sourceCode')) code.textContent += ''"
 AXE = """
 const done = arguments[arguments.length - 1];
 const told = v => `${v.id} (${v.impact}): ${v.nodes.length} times, such as ${v.nodes[0].html.slice(0, 150)}`;
-axe.run({exclude: arguments[0]}, {resultTypes: ['violations'], ...(arguments[1] && {runOnly: arguments[1]})}).then(
+axe.run({resultTypes: ['violations'], ...(arguments[0] && {runOnly: arguments[0]})}).then(
   found => done(found.violations.filter(v => ['serious', 'critical'].includes(v.impact)).map(told)));
 """
 THEME = """

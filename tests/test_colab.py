@@ -60,7 +60,7 @@ def bare(tmp_path_factory) -> Colab:
     folder = tmp_path_factory.mktemp("colab")
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"
-    command = [str(python), "-m", "pip", "install", "--quiet", "-r", str(PINS), torch_pin()]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "-r", str(PINS), torch_pin()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     spec = {"argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python"}

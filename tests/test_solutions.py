@@ -17,7 +17,8 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
     "A5_1_solutions": ("Part I:",),
     "A5_2_solutions": (*("20_data", "21_blocks", "22_unet", "23_parameters", "24_lenet", "25_metrics", "26_inspect"),),
     "A5_2_1_solutions": ("27_mnist_run", "47_files", "48_folders", "52_checkpoint"),
-    "A5_3_solutions": ("Part III:",),
+    "A5_3_solutions": ("29_petals", "30_flowers", "31_ddim", "32_resunet"),
+    "A5_3_1_solutions": ("33_image_distances", "34_flowers_run"),
     "A5_4_solutions": ("Part IV:",),
     "A5_5_solutions": (
         *(
@@ -32,18 +33,8 @@ SOLUTIONS = {  # a notebook of solutions, and what it solves: beginnings of the 
         ),
         *("53_fit", "53_1_processes", "54_export"),
     ),
-    "A5_6_solutions": (
-        *(
-            "A1_viz",
-            "A1_1_diagrams",
-            "A2_presets",
-            "A2_1_digits",
-            "A2_2_flower_recipes",
-            "A2_3_pictures",
-            "A3_1_cards",
-            "A3_weights",
-        ),
-    ),
+    "A5_6_solutions": ("A1_viz", "A1_1_diagrams", "A2_presets", "A2_1_digits", "A3_1_cards", "A3_weights"),
+    "A5_6_1_solutions": ("A2_2_flower_recipes", "A2_3_pictures"),
     "A5_7_solutions": (
         *("A4_1_words", "A4_2_opening", "A4_3_outputs", "A4_4_small_runs", "A4_5_plans", "A4_6_commands", "A4_cli"),
     ),
